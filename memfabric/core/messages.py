@@ -1,0 +1,562 @@
+"""Every message on the wire, as data. Versioned, bounded, columnar.
+
+Pure. Lists of blocks travel as packed columns (little-endian bytes that numpy reads in place), never as lists of
+objects. Column types, for ``n`` blocks: ``keys``/``parents`` ``n × 16`` bytes; ``generation`` ``n × u64``; ``region``,
+``block``, ``tokens`` ``n × u32``; ``status``/masks ``n × u8``.
+
+A request carries a session and a sequence number: together they are its idempotency token. The same token
+sent again gets the same answer and has no second effect.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import msgspec
+
+from memfabric.core.fingerprint import Fingerprint
+
+PROTOCOL_VERSION = 1
+MAX_KEYS_PER_REQUEST = 8192
+MAX_FRAME_BYTES = 8 << 20
+MAX_NAME_BYTES = 64
+
+
+class Wire(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of all messages; unknown fields are ignored, so that fields can be added within a version."""
+
+
+# --- statuses (u8 columns) ---------------------------------------------------------------------------------------
+
+
+class AcquireStatus(enum.IntEnum):
+    """Per key of `Acquired.status`."""
+
+    MISSING = 0
+    GRANTED = 1
+
+
+class ReserveStatus(enum.IntEnum):
+    """Per key of `Reserved.status`."""
+
+    GRANTED = 0
+    EXISTS = 1
+    PENDING = 2
+    """Another writer holds it right now."""
+    NO_SPACE = 3
+    """Nothing free and nothing evictable; `Reserved.message` says what holds the space."""
+    QUOTA = 4
+
+
+class CommitStatus(enum.IntEnum):
+    """Per key of `Committed.status`."""
+
+    STORED = 0
+    SKIPPED = 1
+    """The writer's mask said it was not written; the block is free again."""
+    LOST = 2
+    """The block's node died or was fenced between reserve and commit."""
+
+
+class RemoveStatus(enum.IntEnum):
+    """Per key of `Removed.status`."""
+
+    REMOVED = 0
+    MISSING = 1
+    BUSY = 2
+    """Under a lease; it becomes invisible now and is freed when the lease ends."""
+
+
+# --- descriptions ------------------------------------------------------------------------------------------------
+
+
+class NamespaceSpec(Wire):
+    """What a namespace shall be.
+
+    Attributes:
+        name: 1 to 64 of ``[A-Za-z0-9._-]``, not starting with a dot or dash.
+        block_bytes: payload bytes of one block.
+        block_tokens: tokens of one block.
+        segments: independently readable parts of a block (one layer's K and V by default); divides block_bytes.
+        fingerprint: what must agree between the engines that share the blocks.
+        quota_bytes: limit on stored payload; 0 for none.
+        policy: ``lru`` (leaf-first), ``window-lru`` or ``ttl``.
+        window_ratio: `window-lru` only: share of the namespace that new, not yet reused blocks may hold.
+        ttl_ns: a block not used (``ttl``: not written) for this long is dropped; 0 for never.
+        high_ratio, low_ratio: watermarks of occupancy: above high the server evicts down to low ahead of need.
+        partial: whether blocks with fewer than block_tokens tokens are accepted.
+    """
+
+    name: str
+    block_bytes: int
+    block_tokens: int = 16
+    segments: int = 1
+    fingerprint: Fingerprint = Fingerprint()
+    quota_bytes: int = 0
+    policy: str = "lru"
+    window_ratio: float = 0.2
+    ttl_ns: int = 0
+    high_ratio: float = 0.95
+    low_ratio: float = 0.90
+    partial: bool = False
+
+
+class NamespaceInfo(Wire):
+    """A namespace and how it is doing; counters since the server's start."""
+
+    id: int
+    spec: NamespaceSpec
+    blocks: int = 0
+    writing: int = 0
+    quarantined: int = 0
+    capacity_blocks: int = 0
+    regions: int = 0
+    counters: dict[str, int] = {}
+
+
+class NodeState(enum.IntEnum):
+    """Life of a node as the server sees it."""
+
+    ACTIVE = 1
+    DRAINING = 2
+    DEAD = 3
+
+
+class NodeView(Wire):
+    """A node as clients see it. `host` is the boot id of its machine."""
+
+    name: str
+    incarnation: int
+    host: str
+    state: NodeState
+
+
+class RegionView(Wire):
+    """A region that belongs to the client's namespace. `number` is what location columns hold, in this epoch.
+
+    `descriptor` is the transport's (opaque here); sizes give the layout (`core.layout.plan_region`).
+    """
+
+    number: int
+    region_id: int
+    node: str
+    incarnation: int
+    size_bytes: int
+    block_bytes: int
+    segments: int
+    descriptor: bytes
+
+
+class View(Wire):
+    """Membership for one namespace: complete, not a difference. A higher (epoch, version) replaces a lower."""
+
+    epoch: int
+    version: int
+    namespace: str
+    nodes: list[NodeView]
+    regions: list[RegionView]
+
+
+class KvEvent(Wire):
+    """Blocks that became readable or stopped being so; `sequence` has no gaps within (epoch, namespace)."""
+
+    epoch: int
+    sequence: int
+    namespace: str
+    stored: bytes = b""
+    stored_parents: bytes = b""
+    removed: bytes = b""
+    cause: str = ""
+
+
+class RegionOffer(Wire):
+    """A registered region a node lends."""
+
+    region_id: int
+    size_bytes: int
+    descriptor: bytes
+
+
+# --- requests ----------------------------------------------------------------------------------------------------
+
+
+class Attach(Wire, tag="attach"):
+    """Open a session. `nonce` (16 bytes) makes it idempotent. Without a fingerprint the stored one is taken.
+
+    `create`: create the namespace if it is not there; if it is, its fingerprint and block shape must agree.
+    An empty `namespace` opens an administrative session.
+    """
+
+    nonce: bytes
+    client: str = ""
+    namespace: str = ""
+    fingerprint: Fingerprint | None = None
+    create: NamespaceSpec | None = None
+
+
+class Ping(Wire, tag="ping"):
+    """Keep the session alive; carries reuse that optimistic reads did not report yet."""
+
+    touched: bytes = b""
+
+
+class GetView(Wire, tag="get_view"):
+    """Ask for the current view of the session's namespace."""
+
+
+class Match(Wire, tag="match"):
+    """How many leading keys are readable? Counts as a use of them."""
+
+    keys: bytes
+
+
+class Acquire(Wire, tag="acquire"):
+    """Lease blocks for reading. `prefix`: stop at the first key that is missing."""
+
+    keys: bytes
+    ttl_ns: int
+    prefix: bool = False
+
+
+class Reserve(Wire, tag="reserve"):
+    """Lease fresh blocks for writing. Keys must be distinct; `tokens` per block."""
+
+    keys: bytes
+    parents: bytes
+    tokens: bytes
+    ttl_ns: int
+
+
+class Commit(Wire, tag="commit"):
+    """Make written blocks readable. `stored` is a mask over the blocks that the reservation granted, in order.
+
+    Blocks not in the mask are freed. The lease ends.
+    """
+
+    lease: int
+    stored: bytes
+
+
+class Abort(Wire, tag="abort"):
+    """Give a reservation up; the writer promises that it no longer writes (``flushed``) or cannot tell."""
+
+    lease: int
+    flushed: bool = True
+
+
+class Renew(Wire, tag="renew"):
+    """Extend leases of this session to `ttl_ns` from now."""
+
+    leases: list[int]
+    ttl_ns: int
+
+
+class Release(Wire, tag="release"):
+    """End read leases of this session; unknown ones are ignored (they have ended)."""
+
+    leases: list[int]
+
+
+class Remove(Wire, tag="remove"):
+    """Forget blocks."""
+
+    keys: bytes
+
+
+class ReportFailure(Wire, tag="report_failure"):
+    """These blocks, at these generations, did not verify under a valid lease: drop them."""
+
+    keys: bytes
+    generation: bytes
+
+
+class ListBlocks(Wire, tag="list_blocks"):
+    """Page through readable blocks in slot order; `cursor` 0 starts, `Blocks.cursor` continues."""
+
+    cursor: int = 0
+    limit: int = 1000
+
+
+class Explain(Wire, tag="explain"):
+    """Everything the server knows about a key."""
+
+    key: bytes
+
+
+class NamespaceCreate(Wire, tag="namespace_create"):
+    """Create a namespace; the same spec again is done already, another spec under the name is refused."""
+
+    spec: NamespaceSpec
+
+
+class NamespaceList(Wire, tag="namespace_list"):
+    """All namespaces."""
+
+
+class NamespaceDelete(Wire, tag="namespace_delete"):
+    """Drop a namespace and its blocks. Refused while it holds blocks or sessions unless `force`."""
+
+    name: str
+    force: bool = False
+
+
+class GetStatus(Wire, tag="get_status"):
+    """The whole pool at a glance."""
+
+
+class NodeDrain(Wire, tag="node_drain"):
+    """Put no new blocks on a node (`undo`: again). Its blocks stay readable until they are evicted."""
+
+    node: str
+    undo: bool = False
+
+
+class Register(Wire, tag="register"):
+    """A node announces itself and the regions that it lends."""
+
+    node: str
+    incarnation: int
+    host: str
+    epoch: int
+    regions: list[RegionOffer]
+
+
+class Heartbeat(Wire, tag="heartbeat"):
+    """A node lives. It carries the results of commands."""
+
+    node: str
+    incarnation: int
+
+
+class CommandDone(Wire, tag="command_done"):
+    """A node's answer to a `Command`; `error` is empty on success."""
+
+    node: str
+    incarnation: int
+    command: int
+    error: str = ""
+
+
+class Unregister(Wire, tag="unregister"):
+    """A node leaves in good order: its blocks are gone now."""
+
+    node: str
+    incarnation: int
+
+
+Body = (
+    Attach
+    | Ping
+    | GetView
+    | Match
+    | Acquire
+    | Reserve
+    | Commit
+    | Abort
+    | Renew
+    | Release
+    | Remove
+    | ReportFailure
+    | ListBlocks
+    | Explain
+    | NamespaceCreate
+    | NamespaceList
+    | NamespaceDelete
+    | GetStatus
+    | NodeDrain
+    | Register
+    | Heartbeat
+    | CommandDone
+    | Unregister
+)
+
+
+class Request(Wire):
+    """Envelope of a request.
+
+    Attributes:
+        session: from `Attached`; 0 for `Attach` and for node messages (which carry their own incarnation).
+        sequence: rises by one per request of a session; with `session` the idempotency token.
+    """
+
+    session: int
+    sequence: int
+    body: Body
+
+
+# --- replies -----------------------------------------------------------------------------------------------------
+
+
+class Refused(Wire, tag="refused"):
+    """Nothing happened. `code` is one of `errors.RefusalCode`. `retry_after_ns` 0: a retry cannot help."""
+
+    code: str
+    message: str
+    retry_after_ns: int = 0
+
+
+class Done(Wire, tag="done"):
+    """It happened; nothing more to say."""
+
+
+class Attached(Wire, tag="attached"):
+    """A session. Requests of it must carry `session` and come from the same connection identity.
+
+    `events` is the address of the PUB socket; topics are ``view/<namespace>`` and ``kv/<namespace>``, each
+    ended by a zero byte so that no name is a prefix of another.
+    """
+
+    session: int
+    max_keys: int
+    max_lease_ns: int
+    session_ttl_ns: int
+    events: str
+    namespace: NamespaceInfo | None = None
+    view: View | None = None
+
+
+class Matched(Wire, tag="matched"):
+    """`count` leading keys are readable."""
+
+    count: int
+
+
+class Acquired(Wire, tag="acquired"):
+    """Locations; entries of missing keys are zeros. `lease` 0 when nothing was granted.
+
+    `ttl_ns` counts, for the client, from the moment it *sent* the request (conservative).
+    """
+
+    lease: int
+    ttl_ns: int
+    status: bytes
+    region: bytes
+    block: bytes
+    generation: bytes
+
+
+class Reserved(Wire, tag="reserved"):
+    """As `Acquired`, for writing. `message` explains refusals; `retry_after_ns` > 0 asks to slow down."""
+
+    lease: int
+    ttl_ns: int
+    status: bytes
+    region: bytes
+    block: bytes
+    generation: bytes
+    message: str = ""
+    retry_after_ns: int = 0
+
+
+class Committed(Wire, tag="committed"):
+    """Per block of the reservation's granted blocks, in order: `CommitStatus`."""
+
+    status: bytes
+
+
+class Renewed(Wire, tag="renewed"):
+    """Per lease: the new ttl from the moment of sending, or 0 where the lease has ended."""
+
+    ttl_ns: list[int]
+
+
+class Removed(Wire, tag="removed"):
+    """Per key: `RemoveStatus`."""
+
+    status: bytes
+
+
+class Blocks(Wire, tag="blocks"):
+    """A page of readable blocks; `cursor` 0 when there is no more. `age_ns`: since last use (u64 column)."""
+
+    cursor: int
+    keys: bytes = b""
+    parents: bytes = b""
+    region: bytes = b""
+    block: bytes = b""
+    tokens: bytes = b""
+    reuse: bytes = b""
+    age_ns: bytes = b""
+
+
+class Namespaces(Wire, tag="namespaces"):
+    """All namespaces."""
+
+    items: list[NamespaceInfo]
+
+
+class Document(Wire, tag="document"):
+    """A free-form answer for people and scripts (status, explain); its keys are documented in docs/cli.md."""
+
+    doc: dict[str, Any]
+
+
+class ViewReply(Wire, tag="view"):
+    """Answer to `GetView`."""
+
+    view: View
+
+
+class Registered(Wire, tag="registered"):
+    """The node is in. It sends a heartbeat every `heartbeat_ns`; after `dead_ns` of silence it is out."""
+
+    heartbeat_ns: int
+    dead_ns: int
+
+
+ReplyBody = (
+    Refused
+    | Done
+    | Attached
+    | Matched
+    | Acquired
+    | Reserved
+    | Committed
+    | Renewed
+    | Removed
+    | Blocks
+    | Namespaces
+    | Document
+    | ViewReply
+    | Registered
+)
+
+
+class Reply(Wire):
+    """Envelope of a reply; `epoch` says which incarnation of the service answered."""
+
+    session: int
+    sequence: int
+    epoch: int
+    body: ReplyBody
+
+
+# --- commands to nodes -------------------------------------------------------------------------------------------
+
+
+class Assign(Wire, tag="assign"):
+    """Give a region to a namespace: zero its headers (and scrub its blocks if `scrub`), then write the superblock."""
+
+    region_id: int
+    namespace: str
+    namespace_id: int
+    fingerprint_digest: bytes
+    block_bytes: int
+    segments: int
+    scrub: bool
+
+
+class Unassign(Wire, tag="unassign"):
+    """Take a region back: its superblock says unassigned."""
+
+    region_id: int
+
+
+class Command(Wire):
+    """Envelope of a command; the node answers with `CommandDone` and does a repeated one once."""
+
+    command: int
+    epoch: int
+    incarnation: int
+    body: Assign | Unassign
