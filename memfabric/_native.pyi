@@ -122,3 +122,75 @@ def parse_headers(table: Any, stride: int, count: int) -> dict[str, npt.NDArray[
     Raises:
         ValueError: the table is shorter than count × stride, or the stride cannot be one.
     """
+
+# --- index.cpp: from keys to slots ------------------------------------------------------------------------------
+
+class KeyIndex:
+    """From 16-byte keys to int32 slots; the keys stay in the caller's column ``[capacity, 16]``. 8 bytes / load per key."""
+
+    def __init__(self, capacity_hint: int = 0) -> None: ...
+    def __len__(self) -> int: ...
+    def memory_bytes(self) -> int:
+        """Bytes of the hash table."""
+    def find(self, keys: _U8, column: _U8) -> _I32:
+        """Slot of each of ``keys [n, 16]``, -1 where there is none."""
+    def insert(self, column: _U8, slots: _I32) -> None:
+        """Enter slots under the keys that the column holds for them.
+
+        Raises:
+            ValueError: a key is there already (those before it in the batch were entered).
+            IndexError: a slot is outside the column (nothing was entered).
+        """
+    def erase(self, column: _U8, slots: _I32) -> int:
+        """Remove slots by the keys that the column still holds for them; returns how many were there."""
+    def clear(self) -> None:
+        """Forget everything."""
+
+# --- recency.cpp: recency lists and eviction ---------------------------------------------------------------------
+
+class Recency:
+    """Intrusive lists over slots, most recently used first; a slot is in at most one. 12 bytes a slot."""
+
+    def __init__(self) -> None: ...
+    def resize(self, slots: int) -> None:
+        """Grow to this many slots."""
+    def add_list(self) -> int:
+        """A new, empty list."""
+    def count(self, list: int) -> int:
+        """Slots in a list."""
+    def oldest(self, list: int) -> int:
+        """The least recently used slot; -1 if the list is empty."""
+    def list_of(self, slots: _I32) -> _I32:
+        """Which list each slot is in; -1 for none."""
+    def touch(self, list: int, slots: _I32) -> None:
+        """Move slots to the front of a list, the last one first: of a chain, the head ends up most recent."""
+    def remove(self, slots: _I32) -> None:
+        """Take slots out of whatever list they are in."""
+    def order(self, list: int) -> _I32:
+        """All slots of a list, least recently used first."""
+    def evict(
+        self,
+        list: int,
+        want: int,
+        before_ns: int,
+        last_use: _U64,
+        pins: _U32,
+        children: _I32,
+        parent: _I32,
+        parent_generation: _U64,
+        generation: _U64,
+    ) -> _I32:
+        """Take up to `want` victims out of a list: unpinned, childless, last used before an instant, oldest first.
+
+        Each victim's valid parent loses a child (in `children`) and may follow it in the same call; the victim's `parent`
+        becomes -1.
+        """
+
+def pin(pins: _U32, slots: _I32) -> None:
+    """``pins[slot] += 1`` for each, repeated slots each time."""
+
+def unpin(pins: _U32, slots: _I32, pinned_generation: _U64, generation: _U64) -> _I32:
+    """``pins[slot] -= 1`` where the slot still has the pinned generation; returns the slots that became unpinned."""
+
+def count_children(children: _I32, parents: _I32, delta: int) -> None:
+    """``children[parent] += delta`` for each parent that is not -1."""

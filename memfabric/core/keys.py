@@ -78,7 +78,7 @@ class BlockKeys(Sequence[bytes]):
     def __getitem__(self, index: int | slice) -> bytes | BlockKeys:
         if isinstance(index, slice):
             return BlockKeys(self.keys[index], self.parents[index])
-        return self.keys[index].tobytes()
+        return bytes(self.keys[index])
 
     def __iter__(self) -> Iterator[bytes]:
         raw = self.keys.tobytes()
@@ -101,7 +101,10 @@ class BlockKeys(Sequence[bytes]):
 
 
 def block_keys(
-    fingerprint_digest: bytes, token_ids: Sequence[int] | npt.NDArray[Any], block_tokens: int, parent: bytes = ROOT
+    fingerprint_digest: bytes,
+    token_ids: Sequence[int] | npt.NDArray[Any],
+    block_tokens: int,
+    parent: bytes = ROOT,
 ) -> BlockKeys:
     """Keys of the whole blocks of a token sequence.
 

@@ -26,7 +26,8 @@ MAX_SEGMENTS = 4096
 MAX_BLOCK_BYTES = 1 << 30
 
 _SUPERBLOCK = struct.Struct("<8sIIQQQQ16s64s64sIIIII")
-"""magic, layout version, crc, region id, incarnation, epoch, namespace id, fingerprint digest, node name, namespace name
+"""magic, layout version, crc, region id, incarnation, epoch, namespace id, fingerprint digest, node name, namespace
+name
 (both UTF-8, zero-padded), block_bytes, block_count, segments_per_block, header_stride, state."""
 _CRC_OFFSET = 12
 _NAME_BYTES = 64

@@ -23,7 +23,7 @@ MAX_FRAME_BYTES = 8 << 20
 MAX_NAME_BYTES = 64
 
 
-class Wire(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Wire(msgspec.Struct, frozen=True, omit_defaults=True):
     """Base of all messages; unknown fields are ignored, so that fields can be added within a version."""
 
 
@@ -71,7 +71,7 @@ class RemoveStatus(enum.IntEnum):
 # --- descriptions ------------------------------------------------------------------------------------------------
 
 
-class NamespaceSpec(Wire):
+class NamespaceSpec(Wire, frozen=True, kw_only=True):
     """What a namespace shall be.
 
     Attributes:
@@ -102,7 +102,7 @@ class NamespaceSpec(Wire):
     partial: bool = False
 
 
-class NamespaceInfo(Wire):
+class NamespaceInfo(Wire, frozen=True, kw_only=True):
     """A namespace and how it is doing; counters since the server's start."""
 
     id: int
@@ -123,7 +123,7 @@ class NodeState(enum.IntEnum):
     DEAD = 3
 
 
-class NodeView(Wire):
+class NodeView(Wire, frozen=True, kw_only=True):
     """A node as clients see it. `host` is the boot id of its machine."""
 
     name: str
@@ -132,7 +132,7 @@ class NodeView(Wire):
     state: NodeState
 
 
-class RegionView(Wire):
+class RegionView(Wire, frozen=True, kw_only=True):
     """A region that belongs to the client's namespace. `number` is what location columns hold, in this epoch.
 
     `descriptor` is the transport's (opaque here); sizes give the layout (`core.layout.plan_region`).
@@ -148,7 +148,7 @@ class RegionView(Wire):
     descriptor: bytes
 
 
-class View(Wire):
+class View(Wire, frozen=True, kw_only=True):
     """Membership for one namespace: complete, not a difference. A higher (epoch, version) replaces a lower."""
 
     epoch: int
@@ -158,7 +158,7 @@ class View(Wire):
     regions: list[RegionView]
 
 
-class KvEvent(Wire):
+class KvEvent(Wire, frozen=True, kw_only=True):
     """Blocks that became readable or stopped being so; `sequence` has no gaps within (epoch, namespace)."""
 
     epoch: int
@@ -170,7 +170,7 @@ class KvEvent(Wire):
     cause: str = ""
 
 
-class RegionOffer(Wire):
+class RegionOffer(Wire, frozen=True, kw_only=True):
     """A registered region a node lends."""
 
     region_id: int
@@ -181,7 +181,7 @@ class RegionOffer(Wire):
 # --- requests ----------------------------------------------------------------------------------------------------
 
 
-class Attach(Wire, tag="attach"):
+class Attach(Wire, tag="attach", frozen=True, kw_only=True):
     """Open a session. `nonce` (16 bytes) makes it idempotent. Without a fingerprint the stored one is taken.
 
     `create`: create the namespace if it is not there; if it is, its fingerprint and block shape must agree.
@@ -195,23 +195,23 @@ class Attach(Wire, tag="attach"):
     create: NamespaceSpec | None = None
 
 
-class Ping(Wire, tag="ping"):
+class Ping(Wire, tag="ping", frozen=True, kw_only=True):
     """Keep the session alive; carries reuse that optimistic reads did not report yet."""
 
     touched: bytes = b""
 
 
-class GetView(Wire, tag="get_view"):
+class GetView(Wire, tag="get_view", frozen=True, kw_only=True):
     """Ask for the current view of the session's namespace."""
 
 
-class Match(Wire, tag="match"):
+class Match(Wire, tag="match", frozen=True, kw_only=True):
     """How many leading keys are readable? Counts as a use of them."""
 
     keys: bytes
 
 
-class Acquire(Wire, tag="acquire"):
+class Acquire(Wire, tag="acquire", frozen=True, kw_only=True):
     """Lease blocks for reading. `prefix`: stop at the first key that is missing."""
 
     keys: bytes
@@ -219,7 +219,7 @@ class Acquire(Wire, tag="acquire"):
     prefix: bool = False
 
 
-class Reserve(Wire, tag="reserve"):
+class Reserve(Wire, tag="reserve", frozen=True, kw_only=True):
     """Lease fresh blocks for writing. Keys must be distinct; `tokens` per block."""
 
     keys: bytes
@@ -228,7 +228,7 @@ class Reserve(Wire, tag="reserve"):
     ttl_ns: int
 
 
-class Commit(Wire, tag="commit"):
+class Commit(Wire, tag="commit", frozen=True, kw_only=True):
     """Make written blocks readable. `stored` is a mask over the blocks that the reservation granted, in order.
 
     Blocks not in the mask are freed. The lease ends.
@@ -238,81 +238,81 @@ class Commit(Wire, tag="commit"):
     stored: bytes
 
 
-class Abort(Wire, tag="abort"):
+class Abort(Wire, tag="abort", frozen=True, kw_only=True):
     """Give a reservation up; the writer promises that it no longer writes (``flushed``) or cannot tell."""
 
     lease: int
     flushed: bool = True
 
 
-class Renew(Wire, tag="renew"):
+class Renew(Wire, tag="renew", frozen=True, kw_only=True):
     """Extend leases of this session to `ttl_ns` from now."""
 
     leases: list[int]
     ttl_ns: int
 
 
-class Release(Wire, tag="release"):
+class Release(Wire, tag="release", frozen=True, kw_only=True):
     """End read leases of this session; unknown ones are ignored (they have ended)."""
 
     leases: list[int]
 
 
-class Remove(Wire, tag="remove"):
+class Remove(Wire, tag="remove", frozen=True, kw_only=True):
     """Forget blocks."""
 
     keys: bytes
 
 
-class ReportFailure(Wire, tag="report_failure"):
+class ReportFailure(Wire, tag="report_failure", frozen=True, kw_only=True):
     """These blocks, at these generations, did not verify under a valid lease: drop them."""
 
     keys: bytes
     generation: bytes
 
 
-class ListBlocks(Wire, tag="list_blocks"):
+class ListBlocks(Wire, tag="list_blocks", frozen=True, kw_only=True):
     """Page through readable blocks in slot order; `cursor` 0 starts, `Blocks.cursor` continues."""
 
     cursor: int = 0
     limit: int = 1000
 
 
-class Explain(Wire, tag="explain"):
+class Explain(Wire, tag="explain", frozen=True, kw_only=True):
     """Everything the server knows about a key."""
 
     key: bytes
 
 
-class NamespaceCreate(Wire, tag="namespace_create"):
+class NamespaceCreate(Wire, tag="namespace_create", frozen=True, kw_only=True):
     """Create a namespace; the same spec again is done already, another spec under the name is refused."""
 
     spec: NamespaceSpec
 
 
-class NamespaceList(Wire, tag="namespace_list"):
+class NamespaceList(Wire, tag="namespace_list", frozen=True, kw_only=True):
     """All namespaces."""
 
 
-class NamespaceDelete(Wire, tag="namespace_delete"):
+class NamespaceDelete(Wire, tag="namespace_delete", frozen=True, kw_only=True):
     """Drop a namespace and its blocks. Refused while it holds blocks or sessions unless `force`."""
 
     name: str
     force: bool = False
 
 
-class GetStatus(Wire, tag="get_status"):
+class GetStatus(Wire, tag="get_status", frozen=True, kw_only=True):
     """The whole pool at a glance."""
 
 
-class NodeDrain(Wire, tag="node_drain"):
+class NodeDrain(Wire, tag="node_drain", frozen=True, kw_only=True):
     """Put no new blocks on a node (`undo`: again). Its blocks stay readable until they are evicted."""
 
     node: str
     undo: bool = False
 
 
-class Register(Wire, tag="register"):
+class Register(Wire, tag="register", frozen=True, kw_only=True):
     """A node announces itself and the regions that it lends."""
 
     node: str
@@ -322,14 +322,14 @@ class Register(Wire, tag="register"):
     regions: list[RegionOffer]
 
 
-class Heartbeat(Wire, tag="heartbeat"):
+class Heartbeat(Wire, tag="heartbeat", frozen=True, kw_only=True):
     """A node lives. It carries the results of commands."""
 
     node: str
     incarnation: int
 
 
-class CommandDone(Wire, tag="command_done"):
+class CommandDone(Wire, tag="command_done", frozen=True, kw_only=True):
     """A node's answer to a `Command`; `error` is empty on success."""
 
     node: str
@@ -338,7 +338,7 @@ class CommandDone(Wire, tag="command_done"):
     error: str = ""
 
 
-class Unregister(Wire, tag="unregister"):
+class Unregister(Wire, tag="unregister", frozen=True, kw_only=True):
     """A node leaves in good order: its blocks are gone now."""
 
     node: str
@@ -372,7 +372,7 @@ Body = (
 )
 
 
-class Request(Wire):
+class Request(Wire, frozen=True, kw_only=True):
     """Envelope of a request.
 
     Attributes:
@@ -388,7 +388,7 @@ class Request(Wire):
 # --- replies -----------------------------------------------------------------------------------------------------
 
 
-class Refused(Wire, tag="refused"):
+class Refused(Wire, tag="refused", frozen=True, kw_only=True):
     """Nothing happened. `code` is one of `errors.RefusalCode`. `retry_after_ns` 0: a retry cannot help."""
 
     code: str
@@ -396,11 +396,11 @@ class Refused(Wire, tag="refused"):
     retry_after_ns: int = 0
 
 
-class Done(Wire, tag="done"):
+class Done(Wire, tag="done", frozen=True, kw_only=True):
     """It happened; nothing more to say."""
 
 
-class Attached(Wire, tag="attached"):
+class Attached(Wire, tag="attached", frozen=True, kw_only=True):
     """A session. Requests of it must carry `session` and come from the same connection identity.
 
     `events` is the address of the PUB socket; topics are ``view/<namespace>`` and ``kv/<namespace>``, each
@@ -416,13 +416,13 @@ class Attached(Wire, tag="attached"):
     view: View | None = None
 
 
-class Matched(Wire, tag="matched"):
+class Matched(Wire, tag="matched", frozen=True, kw_only=True):
     """`count` leading keys are readable."""
 
     count: int
 
 
-class Acquired(Wire, tag="acquired"):
+class Acquired(Wire, tag="acquired", frozen=True, kw_only=True):
     """Locations; entries of missing keys are zeros. `lease` 0 when nothing was granted.
 
     `ttl_ns` counts, for the client, from the moment it *sent* the request (conservative).
@@ -436,7 +436,7 @@ class Acquired(Wire, tag="acquired"):
     generation: bytes
 
 
-class Reserved(Wire, tag="reserved"):
+class Reserved(Wire, tag="reserved", frozen=True, kw_only=True):
     """As `Acquired`, for writing. `message` explains refusals; `retry_after_ns` > 0 asks to slow down."""
 
     lease: int
@@ -449,25 +449,25 @@ class Reserved(Wire, tag="reserved"):
     retry_after_ns: int = 0
 
 
-class Committed(Wire, tag="committed"):
+class Committed(Wire, tag="committed", frozen=True, kw_only=True):
     """Per block of the reservation's granted blocks, in order: `CommitStatus`."""
 
     status: bytes
 
 
-class Renewed(Wire, tag="renewed"):
+class Renewed(Wire, tag="renewed", frozen=True, kw_only=True):
     """Per lease: the new ttl from the moment of sending, or 0 where the lease has ended."""
 
     ttl_ns: list[int]
 
 
-class Removed(Wire, tag="removed"):
+class Removed(Wire, tag="removed", frozen=True, kw_only=True):
     """Per key: `RemoveStatus`."""
 
     status: bytes
 
 
-class Blocks(Wire, tag="blocks"):
+class Blocks(Wire, tag="blocks", frozen=True, kw_only=True):
     """A page of readable blocks; `cursor` 0 when there is no more. `age_ns`: since last use (u64 column)."""
 
     cursor: int
@@ -480,25 +480,25 @@ class Blocks(Wire, tag="blocks"):
     age_ns: bytes = b""
 
 
-class Namespaces(Wire, tag="namespaces"):
+class Namespaces(Wire, tag="namespaces", frozen=True, kw_only=True):
     """All namespaces."""
 
     items: list[NamespaceInfo]
 
 
-class Document(Wire, tag="document"):
+class Document(Wire, tag="document", frozen=True, kw_only=True):
     """A free-form answer for people and scripts (status, explain); its keys are documented in docs/cli.md."""
 
     doc: dict[str, Any]
 
 
-class ViewReply(Wire, tag="view"):
+class ViewReply(Wire, tag="view", frozen=True, kw_only=True):
     """Answer to `GetView`."""
 
     view: View
 
 
-class Registered(Wire, tag="registered"):
+class Registered(Wire, tag="registered", frozen=True, kw_only=True):
     """The node is in. It sends a heartbeat every `heartbeat_ns`; after `dead_ns` of silence it is out."""
 
     heartbeat_ns: int
@@ -523,7 +523,7 @@ ReplyBody = (
 )
 
 
-class Reply(Wire):
+class Reply(Wire, frozen=True, kw_only=True):
     """Envelope of a reply; `epoch` says which incarnation of the service answered."""
 
     session: int
@@ -535,7 +535,7 @@ class Reply(Wire):
 # --- commands to nodes -------------------------------------------------------------------------------------------
 
 
-class Assign(Wire, tag="assign"):
+class Assign(Wire, tag="assign", frozen=True, kw_only=True):
     """Give a region to a namespace: zero its headers (and scrub its blocks if `scrub`), then write the superblock."""
 
     region_id: int
@@ -547,13 +547,13 @@ class Assign(Wire, tag="assign"):
     scrub: bool
 
 
-class Unassign(Wire, tag="unassign"):
+class Unassign(Wire, tag="unassign", frozen=True, kw_only=True):
     """Take a region back: its superblock says unassigned."""
 
     region_id: int
 
 
-class Command(Wire):
+class Command(Wire, frozen=True, kw_only=True):
     """Envelope of a command; the node answers with `CommandDone` and does a repeated one once."""
 
     command: int
