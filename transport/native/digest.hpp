@@ -351,6 +351,7 @@ private:
     void run(void* to, const void* from, size_t bytes, detail::Kernel kernel) {
         auto* dst = static_cast<uint8_t*>(to);
         auto* src = static_cast<const uint8_t*>(from);
+        if (bytes == 0) return;
         if (tail_bytes_ != 0) {
             const size_t want = kStripeBytes - tail_bytes_;
             const size_t part = bytes < want ? bytes : want;
