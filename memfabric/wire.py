@@ -7,7 +7,7 @@ Responsible for bytes only: it knows no socket and no meaning.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import msgspec
 
@@ -29,7 +29,8 @@ _DECODERS: dict[bytes, msgspec.msgpack.Decoder[object]] = {
 _ENCODER = msgspec.msgpack.Encoder()
 
 Message = Request | Reply | Command | View | KvEvent
-M = TypeVar("M", Request, Reply, Command, View, KvEvent)
+M = TypeVar("M", bound=Message)
+N = TypeVar("N", bound=Message)
 
 
 class FrameError(ValueError):
@@ -52,7 +53,11 @@ def encode(message: Message) -> bytes:
     return frame
 
 
-def decode(frame: bytes | memoryview, *expected: type[M]) -> M:
+@overload
+def decode(frame: bytes | memoryview, first: type[M], /) -> M: ...
+@overload
+def decode(frame: bytes | memoryview, first: type[M], second: type[N], /) -> M | N: ...
+def decode(frame: bytes | memoryview, *expected: type[Message]) -> Message:
     """The message in a frame, which must be one of the `expected` types.
 
     Raises:

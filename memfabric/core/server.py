@@ -19,7 +19,7 @@ from memfabric.core import admin, blocks, membership
 from memfabric.core import messages as m
 from memfabric.core.namespaces import Namespace
 from memfabric.core.sessions import Session
-from memfabric.core.state import Effect, Event, Received, Send, ServerConfig, State
+from memfabric.core.state import Effect, Event, Paused, Received, Send, ServerConfig, State
 from memfabric.errors import RefusedError
 
 _SESSION_HANDLERS: dict[type, Callable[[State, Session, Any, int], Any]] = {
@@ -86,6 +86,11 @@ class ServerCore:
         """
         state = self.state
         state.effects = []
+        if isinstance(event, Paused):
+            for node in state.cluster.nodes.values():
+                node.last_seen_ns = min(now_ns, node.last_seen_ns + event.lost_ns)
+            for session in state.sessions.all():
+                session.last_seen_ns = min(now_ns, session.last_seen_ns + event.lost_ns)
         self._time_passes(now_ns)
         if isinstance(event, Received):
             self._receive(event.peer, event.request, now_ns)

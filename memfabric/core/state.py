@@ -81,7 +81,17 @@ class Tick:
     """Time passed."""
 
 
-Event = Received | Tick
+@dataclasses.dataclass(frozen=True, slots=True)
+class Paused:
+    """The server itself did not run for a while: the silence of others in that time proves nothing.
+
+    Leases are not prolonged: their holders count on their own clocks.
+    """
+
+    lost_ns: int
+
+
+Event = Received | Tick | Paused
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

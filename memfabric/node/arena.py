@@ -1,0 +1,125 @@
+"""A node's memory: regions, their superblocks, and what commands do to them.
+
+Responsible for the bytes that describe a region; the blocks' bytes are written and read by clients, one-sidedly.
+It knows no sockets.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import transport
+from memfabric.core import layout
+from memfabric.core.messages import Assign, RegionOffer, Unassign
+from memfabric.node.options import NodeOptions
+
+_SCRUB_STEP_BYTES = 64 << 20
+
+
+class Arena:
+    """All regions of one incarnation of a node."""
+
+    def __init__(
+        self,
+        shm: transport.ShmTransport,
+        options: NodeOptions,
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Back all regions with memory.
+
+        Args:
+            progress: called with the bytes backed so far.
+
+        Raises:
+            transport.OutOfMemoryError: memory is short; nothing is left behind.
+        """
+        self.incarnation = int.from_bytes(os.urandom(7), "little") + 1
+        self._node = options.name
+        self._regions: dict[int, transport.Region] = {}
+        self._done: dict[tuple[int, int], str] = {}
+        try:
+            for number in range(options.region_count):
+                region_id = int.from_bytes(os.urandom(7), "little") + 1
+                backed = number * options.region_bytes
+
+                def report(in_region: int, backed: int = backed) -> None:
+                    if progress is not None:
+                        progress(backed + in_region)
+
+                region = shm.create_region(options.name, region_id, options.region_bytes, progress=report)
+                self._regions[region_id] = region
+                self._write_superblock(region, layout.Superblock(region_id, self._node, self.incarnation, 0))
+        except BaseException:
+            self.close()
+            raise
+
+    def offers(self) -> list[RegionOffer]:
+        """What to register."""
+        return [
+            RegionOffer(region_id=region_id, size_bytes=region.size_bytes, descriptor=region.descriptor)
+            for region_id, region in self._regions.items()
+        ]
+
+    def execute(self, epoch: int, command: int, body: Assign | Unassign) -> str:
+        """Do a command, once however often it comes; returns the error text, empty on success."""
+        token = (epoch, command)
+        if token not in self._done:
+            try:
+                self._execute(epoch, body)
+                self._done[token] = ""
+            except (layout.LayoutError, transport.TransportError) as error:
+                self._done[token] = str(error) or repr(error)
+            while len(self._done) > 10_000:
+                del self._done[next(iter(self._done))]
+        return self._done[token]
+
+    def _execute(self, epoch: int, body: Assign | Unassign) -> None:
+        region = self._regions.get(body.region_id)
+        if region is None:
+            raise layout.LayoutError(f"region {body.region_id:#x} is not this node's")
+        if isinstance(body, Unassign):
+            self._write_superblock(region, layout.Superblock(body.region_id, self._node, self.incarnation, epoch))
+            return
+        plan = layout.plan_region(region.size_bytes, body.block_bytes, body.segments)
+        memory = _bytes_of(region)
+        if body.scrub:
+            # What another namespace stored must not be readable by the next owner, whatever that one's client does.
+            for start in range(plan.data_offset, region.size_bytes, _SCRUB_STEP_BYTES):
+                memory[start : start + _SCRUB_STEP_BYTES] = 0
+        memory[layout.SUPERBLOCK_BYTES : plan.data_offset] = 0
+        self._write_superblock(
+            region,
+            layout.Superblock(
+                region_id=body.region_id,
+                node=self._node,
+                incarnation=self.incarnation,
+                epoch=epoch,
+                state=layout.RegionState.ACTIVE,
+                namespace=body.namespace,
+                namespace_id=body.namespace_id,
+                fingerprint_digest=body.fingerprint_digest,
+                block_bytes=plan.block_bytes,
+                block_count=plan.block_count,
+                segments=plan.segments,
+                header_stride=plan.header_stride,
+            ),
+        )
+
+    def _write_superblock(self, region: transport.Region, superblock: layout.Superblock) -> None:
+        _bytes_of(region)[: layout.SUPERBLOCK_BYTES] = np.frombuffer(superblock.pack(), np.uint8)
+
+    def close(self) -> None:
+        """Give all memory back; clients that still map a region keep reading their own view of it."""
+        for region in self._regions.values():
+            region.close()
+        self._regions.clear()
+
+
+def _bytes_of(region: transport.Region) -> npt.NDArray[Any]:
+    return np.frombuffer(region.buffer, np.uint8)
