@@ -111,16 +111,17 @@ void run_scalar(State& state, uint8_t* dst, const uint8_t* src, size_t count) {
     unsigned stripe = state.stripe;
     while (count != 0) {
         const uint64_t* key = kTables.key[stripe % kRoundStripes];
-        for (int lane = 0; lane < 8; lane += 2) {
-            uint64_t d[2];
-            std::memcpy(d, src + 8 * lane, sizeof d);
-            asm("" : "+r"(d[0]), "+r"(d[1]));
-            if constexpr (store != Store::none) std::memcpy(dst + 8 * lane, d, sizeof d);
-            const uint64_t x = d[0] ^ key[lane], y = d[1] ^ key[lane + 1];
-            acc[lane] += (x & 0xFFFFFFFFu) * (x >> 32) + d[1];
-            acc[lane + 1] += (y & 0xFFFFFFFFu) * (y >> 32) + d[0];
+        uint64_t d[8];
+        std::memcpy(d, src, sizeof d);
+        asm("" : "+m"(d));
+        if constexpr (store != Store::none) {
+            std::memcpy(dst, d, sizeof d);
+            dst += kStripeBytes;
         }
-        if constexpr (store != Store::none) dst += kStripeBytes;
+        for (int lane = 0; lane < 8; ++lane) {
+            const uint64_t x = d[lane] ^ key[lane];
+            acc[lane] += (x & 0xFFFFFFFFu) * (x >> 32) + d[lane ^ 1];
+        }
         src += kStripeBytes;
         --count;
         if (++stripe % kRoundStripes == 0) {
