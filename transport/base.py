@@ -16,7 +16,7 @@ import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,9 @@ import numpy.typing as npt
 UInt64Column: TypeAlias = npt.NDArray[np.uint64]
 Int32Column: TypeAlias = npt.NDArray[np.int32]
 UInt8Column: TypeAlias = npt.NDArray[np.uint8]
+
+_SomeRegion = TypeVar("_SomeRegion", bound="Region")
+_SomeTransport = TypeVar("_SomeTransport", bound="Transport")
 
 DONE = 0
 """Status: the operation was performed."""
@@ -168,7 +171,7 @@ class Region(abc.ABC):
                 have until they disconnect.
         """
 
-    def __enter__(self) -> Region:
+    def __enter__(self: _SomeRegion) -> _SomeRegion:
         return self
 
     def __exit__(
@@ -279,7 +282,7 @@ class Transport(abc.ABC):
     def close(self) -> None:
         """Disconnects everything; idempotent. Regions that were created stay, they have their own `close`."""
 
-    def __enter__(self) -> Transport:
+    def __enter__(self: _SomeTransport) -> _SomeTransport:
         return self
 
     def __exit__(
