@@ -24,6 +24,8 @@ class RegionState(enum.Enum):
     UNASSIGNED = "unassigned"
     ASSIGNING = "assigning"
     ACTIVE = "active"
+    VACATING = "vacating"
+    """Wanted by another namespace: no new blocks; returned when the last block is free."""
     RETURNING = "returning"
     FAILED = "failed"
     """Its node could not format it; it is left alone."""
@@ -145,7 +147,7 @@ class Cluster:
         namespace.regions.add(region.number)
 
     def begin_return(self, region: Region, namespace: Namespace) -> None:
-        """ACTIVE → RETURNING: all its slots are free; the node is told to unassign it."""
+        """ACTIVE or VACATING → RETURNING: all its slots are free; the node is told to unassign it."""
         assert region.layout is not None
         assert region.free_count == region.block_count
         self.table.drop_range(region.base, region.block_count)
@@ -222,7 +224,7 @@ class Cluster:
             assert region.node in self.nodes
             if region.layout is None:
                 continue
-            assert region.state is RegionState.ACTIVE
+            assert region.state in (RegionState.ACTIVE, RegionState.VACATING)
             free = region.free[: region.free_count] + region.base
             assert len(np.unique(free)) == len(free), "a block is in the free list twice"
             state = self.table.state[region.base : region.base + region.block_count]

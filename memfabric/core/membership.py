@@ -67,14 +67,46 @@ def grow(state: State, namespace: Namespace, now_ns: int) -> bool:
     ):
         return True
     mine = {state.cluster.regions[number].node for number in namespace.regions}
-    candidates = state.cluster.unassigned()
-    if not candidates:
-        return False
     if namespace.quota_blocks is not None and state.cluster.capacity_blocks(namespace) >= namespace.quota_blocks:
         return False
+    candidates = state.cluster.unassigned()
+    if not candidates:
+        return reclaim(state, namespace, now_ns)
     region = min(candidates, key=lambda region: region.node in mine)
     assign(state, namespace, region, now_ns)
     return True
+
+
+def reclaim(state: State, namespace: Namespace, now_ns: int) -> bool:
+    """All regions are taken: a namespace below its fair share gets one back from the one that holds most.
+
+    The fair share is the same number of regions for every namespace. The donor's coldest region is emptied (what is under
+    leases stays until they end) and returned. Whether a region is on its way.
+    """
+    leaving = (RegionState.VACATING, RegionState.RETURNING)
+    if any(region.state in leaving for region in state.cluster.regions.values()):
+        return True
+    fair = max(1, len(state.cluster.regions) // max(1, len(state.namespaces)))
+    if len(namespace.regions) >= fair:
+        return False
+    donor = max(state.namespaces.values(), key=lambda other: (len(other.regions), -other.id), default=namespace)
+    if len(donor.regions) <= fair:
+        return False
+    region = min((state.cluster.regions[number] for number in donor.regions), key=lambda region: _heat(state, region))
+    region.state = RegionState.VACATING
+    slots = np.arange(region.base, region.base + region.block_count, dtype=np.int32)
+    state.log("info", "region_reclaimed", region=region.number, donor=donor.spec.name, taker=namespace.spec.name)
+    state.drop_readable(donor, slots[state.table.state[slots] == SlotState.COMPLETE], "evicted")
+    return_empty(state, donor, now_ns, RegionState.VACATING)
+    return True
+
+
+def _heat(state: State, region: Region) -> tuple[int, int]:
+    """Regions with blocks in use come last, then by the last use of any of their blocks."""
+    part = slice(region.base, region.base + region.block_count)
+    complete = state.table.state[part] == SlotState.COMPLETE
+    uses = state.table.last_use_ns[part][complete]
+    return int((state.table.pins[part] > 0).sum()), int(uses.max()) if len(uses) else 0
 
 
 def assign(state: State, namespace: Namespace, region: Region, now_ns: int) -> None:
@@ -101,13 +133,10 @@ def first_regions(state: State, namespace: Namespace, now_ns: int) -> None:
             assign(state, namespace, region, now_ns)
 
 
-def return_empty(state: State, namespace: Namespace, now_ns: int) -> None:
-    """Give a namespace's wholly free regions back (after a purge or at its end)."""
-    back = [
-        state.cluster.regions[number]
-        for number in sorted(namespace.regions)
-        if state.cluster.regions[number].free_count == state.cluster.regions[number].block_count
-    ]
+def return_empty(state: State, namespace: Namespace, now_ns: int, *states: RegionState) -> None:
+    """Give back the namespace's wholly free regions that are in one of `states`."""
+    regions = [state.cluster.regions[number] for number in sorted(namespace.regions)]
+    back = [region for region in regions if region.state in states and region.free_count == region.block_count]
     for region in back:
         state.cluster.begin_return(region, namespace)
         _command(state, region, Unassign(region_id=region.offer.region_id), now_ns)
@@ -122,9 +151,11 @@ def retire(state: State, namespace: Namespace, now_ns: int) -> None:
 
 
 def return_retired(state: State, now_ns: int) -> None:
-    """Take back what deleted namespaces no longer use."""
+    """Take back what deleted namespaces no longer use, and regions that are being vacated and are empty by now."""
+    for namespace in state.namespaces.values():
+        return_empty(state, namespace, now_ns, RegionState.VACATING)
     for namespace in list(state.retiring.values()):
-        return_empty(state, namespace, now_ns)
+        return_empty(state, namespace, now_ns, RegionState.ACTIVE, RegionState.VACATING)
         if not namespace.regions:
             del state.retiring[namespace.id]
 
