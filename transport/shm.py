@@ -110,15 +110,12 @@ class ShmTransport(Transport):
 
     Args:
         directory: Where region files are; must be the same, literally, at node and client.
-        prefault: Enter all pages into the page tables while connecting, which takes about 0.1 s per GiB, rather
-            than at the first access to each page.
     """
 
-    __slots__ = ("_copy", "_directory", "_guard", "_handles", "_mappings", "_prefault")
+    __slots__ = ("_copy", "_directory", "_guard", "_handles", "_mappings")
 
-    def __init__(self, directory: str | os.PathLike[str] = "/dev/shm", *, prefault: bool = False) -> None:
+    def __init__(self, directory: str | os.PathLike[str] = "/dev/shm") -> None:
         self._directory = os.fspath(directory).rstrip("/") or "/"
-        self._prefault = prefault
         self._mappings = Mappings()
         self._copy = self._mappings.copy
         self._handles: set[int] = set()
@@ -196,8 +193,6 @@ class ShmTransport(Transport):
         if told.boot_id and here and told.boot_id != here:
             raise UnreachableError(f"{told.path} is on another host, or this one was restarted since")
         mapping = self._map(told, file, writable)
-        if self._prefault:
-            mapping.prefault()
         with self._guard:
             handle = self._mappings.attach(mapping)
             self._handles.add(handle)
@@ -249,6 +244,24 @@ class ShmTransport(Transport):
             self._handles.discard(handle)
         if not known or not self._mappings.detach(handle):
             raise NotConnectedError(f"handle {handle} is not connected")
+
+    def prefault(self, handle: int) -> None:
+        """Enters all pages of a region into this process's page tables, so that no later copy has to.
+
+        Optional, and may run in a thread of its own beside copies; the handle may be disconnected meanwhile. Takes
+        about 0.15 s per GiB for a read-only and 0.25 s for a writable connection, and 2 MiB of page tables per GiB.
+        Without it the first copy to or from each page pays: 64 KiB took 11 rather than 6 µs to read and 35 rather than
+        4 µs to write. (Measured on Zen 4 in a busy virtual machine, without huge pages.)
+
+        Raises:
+            NotConnectedError: No such handle.
+        """
+        mapping = self._mappings.find(handle)
+        if mapping is None:
+            raise NotConnectedError(f"handle {handle} is not connected")
+        # In steps, for Ctrl-C.
+        for offset in range(0, mapping.size_bytes, _STEP_BYTES):
+            mapping.prefault(offset, min(_STEP_BYTES, mapping.size_bytes - offset))
 
     def mapped(self, handle: int) -> UInt8Column:
         mapping = self._mappings.find(handle)

@@ -67,12 +67,24 @@ def test_handles_never_given_are_refused(shm: ShmTransport, handle: int) -> None
 
 
 def test_close_disconnects_and_may_be_repeated(directory: Path) -> None:
-    with ShmTransport(directory, prefault=True) as shm, shm.create_region("node", 0, 4096) as region:
+    with ShmTransport(directory) as shm, shm.create_region("node", 0, 4096) as region:
         handle = shm.connect(region.descriptor, writable=True)
         shm.close()
         with pytest.raises(NotConnectedError):
             shm.mapped(handle)
         shm.close()
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_prefault_changes_nothing(shm: ShmTransport, writable: bool) -> None:
+    with shm.create_region("node", 0, (1 << 20) + 5) as region:
+        region.buffer[:] = random_bytes(region.size_bytes)
+        before = digest(region.buffer)
+        handle = shm.connect(region.descriptor, writable=writable)
+        shm.prefault(handle)
+        assert digest(shm.mapped(handle)) == before
+        with pytest.raises(NotConnectedError):
+            shm.prefault(handle + 1)
 
 
 def test_capabilities(shm: ShmTransport) -> None:

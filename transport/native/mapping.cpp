@@ -21,9 +21,10 @@ Mapping::Mapping(int fd, size_t size_bytes, bool writable) : size_bytes_(size_by
 
 Mapping::~Mapping() { munmap(base_, size_bytes_); }
 
-bool Mapping::prefault() const {
+bool Mapping::prefault(size_t offset, size_t length) const {
+    if (offset > size_bytes_ || length > size_bytes_ - offset) return false;
 #ifdef MADV_POPULATE_READ
-    return madvise(base_, size_bytes_, writable_ ? MADV_POPULATE_WRITE : MADV_POPULATE_READ) == 0;
+    return madvise(base_ + offset, length, writable_ ? MADV_POPULATE_WRITE : MADV_POPULATE_READ) == 0;
 #else
     return false;
 #endif

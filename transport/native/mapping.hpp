@@ -22,8 +22,9 @@ public:
     size_t size_bytes() const { return size_bytes_; }
     bool writable() const { return writable_; }
 
-    // Enters every page into this process's page tables; returns false where the kernel can't (before 5.14).
-    bool prefault() const;
+    // Enters a range (offset a multiple of the page size) into this process's page tables, and zeroes what was only
+    // allocated so far. Best effort: false where the kernel can't (before 5.14) or a signal came.
+    bool prefault(size_t offset, size_t length) const;
 
 private:
     uint8_t* base_;

@@ -251,7 +251,7 @@ NB_MODULE(_native, m) {
         .def_prop_ro("address", [](const mf::Mapping& self) { return reinterpret_cast<uintptr_t>(self.base()); })
         .def_prop_ro("size_bytes", &mf::Mapping::size_bytes)
         .def_prop_ro("writable", &mf::Mapping::writable)
-        .def("prefault", &mf::Mapping::prefault, nb::call_guard<nb::gil_scoped_release>())
+        .def("prefault", &mf::Mapping::prefault, "offset"_a, "length"_a, nb::call_guard<nb::gil_scoped_release>())
         .def("array",
              [](nb::handle self, bool writable) -> nb::object {
                  auto& mapping = nb::cast<mf::Mapping&>(self);
