@@ -2,41 +2,9 @@
 //
 // Nothing here trusts its input: addresses are computed in 128 bits and held against the extents of the caller's
 // buffers, headers may be any bytes. The header's format is owned by memfabric/core/layout.py (HEADER_DTYPE).
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-
-#include <cstdint>
-#include <cstring>
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
-#include "digest.hpp"
-
-namespace nb = nanobind;
+#include "blocks.hpp"
 
 namespace {
-
-template <typename T> using Column = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Keys = nb::ndarray<const uint8_t, nb::shape<-1, 16>, nb::c_contig, nb::device::cpu>;
-using Table = nb::ndarray<const int64_t, nb::shape<-1, 3>, nb::c_contig, nb::device::cpu>;
-using Fragments = nb::ndarray<const int64_t, nb::shape<-1, 6>, nb::c_contig, nb::device::cpu>;
-__extension__ typedef __int128 wide;
-
-// Below this many blocks, giving the GIL away and back costs more than the work.
-constexpr size_t kReleaseBlocks = 32;
-
-template <typename F> auto without_gil(size_t blocks, F &&work) {
-    if (blocks < kReleaseBlocks) return work();
-    nb::gil_scoped_release release;
-    return work();
-}
-
-void require(bool ok, const char *what) {
-    if (!ok) throw std::invalid_argument(what);
-}
 
 // A Py_buffer that is given back.
 struct View {
@@ -123,8 +91,6 @@ struct Operations {
 };
 
 enum FragmentField { kBase, kStride, kBytes, kSegment, kLow, kHigh };
-enum RegionField { kHandle, kDataOffset, kBlockCount };
-
 // Row of the region table for a block; throws unless the block lies in a mapped region.
 const int64_t *region_row(const Table &regions, int32_t slot, uint32_t block, size_t position) {
     if (slot < 0 || size_t(slot) >= regions.shape(0))
@@ -200,7 +166,7 @@ size_t plan(Fragments fragments, Table regions, Column<const int32_t> slot, Colu
             const size_t at = out.count++;
             out.local[at] = header_local + i * header_stride;
             out.region[at] = int32_t(row[kHandle]);
-            out.offset[at] = 4096 + uint64_t(block.data()[i]) * header_stride;
+            out.offset[at] = kSuperblockBytes + uint64_t(block.data()[i]) * header_stride;
             out.length[at] = header_bytes;
             out.group[at] = -1;
         }
@@ -210,36 +176,6 @@ size_t plan(Fragments fragments, Table regions, Column<const int32_t> slot, Colu
 }
 
 // --- headers ---------------------------------------------------------------------------------------------------
-
-constexpr size_t kHeaderBytes = 64;
-constexpr uint8_t kLayoutVersion = 1;
-constexpr uint8_t kComplete = 2;
-
-struct Header {
-    uint32_t crc;
-    uint8_t state;
-    uint8_t version;
-    uint16_t segments;
-    uint64_t generation;
-    uint8_t key[16];
-    uint8_t parent[16];
-    uint32_t payload_bytes;
-    uint32_t token_count;
-    uint64_t digest0;
-};
-static_assert(sizeof(Header) == kHeaderBytes, "mirrors core/layout.py HEADER_DTYPE");
-
-size_t used_bytes(size_t segments) { return kHeaderBytes + 8 * (segments - 1); }
-
-uint32_t header_crc(const uint8_t *raw, size_t segments) {
-    return uint32_t(mf::digest(raw + 4, used_bytes(segments) - 4));
-}
-
-void check_shape(size_t bytes, size_t n, size_t stride, size_t segments) {
-    require(segments >= 1 && segments <= 4096, "headers: segments must be 1 to 4096");
-    require(stride >= used_bytes(segments), "headers: stride too small for that many segments");
-    require(stride <= SIZE_MAX / (n + 1) && n * stride <= bytes, "headers: the buffer is too small");
-}
 
 void pack_headers(Column<uint8_t> out, size_t stride, size_t segments, Keys keys, Keys parents,
                   Column<const uint64_t> generation, Column<const uint32_t> tokens, uint32_t payload_bytes,
@@ -270,8 +206,6 @@ void pack_headers(Column<uint8_t> out, size_t stride, size_t segments, Keys keys
     });
 }
 
-enum Check : uint8_t { kOk, kTorn, kNotComplete, kGeneration, kKey, kSize, kDigest };
-
 size_t check_headers(Column<const uint8_t> headers, size_t stride, size_t segments, uint32_t payload_bytes, Keys keys,
                      Column<const uint64_t> generation, size_t first_segment, size_t segment_count,
                      std::optional<Column<const uint64_t>> digests, Column<uint8_t> status) {
@@ -283,32 +217,14 @@ size_t check_headers(Column<const uint8_t> headers, size_t stride, size_t segmen
     return without_gil(n, [&] {
         size_t good = 0;
         for (size_t i = 0; i < n; i++) {
-            const uint8_t *raw = headers.data() + i * stride;
-            Header header;
-            std::memcpy(&header, raw, sizeof header);
-            Check check = kOk;
-            if (header.crc != header_crc(raw, segments)) check = kTorn;
-            else if (header.version != kLayoutVersion || header.segments != segments ||
-                     header.payload_bytes != payload_bytes) check = kSize;
-            else if (header.state != kComplete) check = kNotComplete;
-            else if (header.generation != generation.data()[i]) check = kGeneration;
-            else if (std::memcmp(header.key, keys.data() + i * 16, 16) != 0) check = kKey;
-            else if (digests && std::memcmp(raw + offsetof(Header, digest0) + 8 * first_segment,
-                                            digests->data() + i * segment_count, 8 * segment_count) != 0)
-                check = kDigest;
+            const Check check = check_header(headers.data() + i * stride, segments, payload_bytes, keys.data() + i * 16,
+                                             generation.data()[i], first_segment, segment_count,
+                                             digests ? digests->data() + i * segment_count : nullptr);
             status.data()[i] = check;
             good += check == kOk;
         }
         return good;
     });
-}
-
-template <typename T> nb::object column(std::vector<size_t> shape, T *&data) {
-    size_t items = 1;
-    for (size_t side : shape) items *= side;
-    data = new T[items ? items : 1];
-    nb::capsule owner(data, [](void *p) noexcept { delete[] static_cast<T *>(p); });
-    return nb::cast(nb::ndarray<nb::numpy, T>(data, shape.size(), shape.data(), owner));
 }
 
 nb::dict parse_headers(nb::handle table, size_t stride, size_t count) {
@@ -359,7 +275,10 @@ nb::dict parse_headers(nb::handle table, size_t stride, size_t count) {
 
 } // namespace
 
+void bind_places(nb::module_ &m); // places.cpp
+
 void bind_blocks(nb::module_ &m) {
+    bind_places(m);
     m.def("digest", &digest, nb::arg("buffer"));
     m.def("buffer_info", &buffer_info, nb::arg("buffer"));
     m.def("first_positions", &first_positions, nb::arg("keys"));

@@ -1,0 +1,44 @@
+"""The client: blocks in and out of a pool, and the pool's administration.
+
+`connect` gives the blocking `Client`, `connect_async` the awaitable `AsyncClient`; `AdminClient` looks after
+nodes and namespaces. Importing this starts nothing and reads no environment.
+"""
+
+from memfabric.client.admin import AdminClient
+from memfabric.client.aio import AsyncClient, AsyncReadLease, AsyncWriteLease, connect_async
+from memfabric.client.listing import BlockPage
+from memfabric.client.memory import PagedBlocks, PagedLayout
+from memfabric.client.results import (
+    GetResult,
+    GetStatus,
+    MissingBlockError,
+    PrefetchResult,
+    PutResult,
+    PutStatus,
+    RemoveResult,
+    RemoveStatus,
+)
+from memfabric.client.sync import Client, ReadLease, WriteLease, connect
+
+__all__ = [
+    "AdminClient",
+    "AsyncClient",
+    "AsyncReadLease",
+    "AsyncWriteLease",
+    "BlockPage",
+    "Client",
+    "GetResult",
+    "GetStatus",
+    "MissingBlockError",
+    "PagedBlocks",
+    "PagedLayout",
+    "PrefetchResult",
+    "PutResult",
+    "PutStatus",
+    "ReadLease",
+    "RemoveResult",
+    "RemoveStatus",
+    "WriteLease",
+    "connect",
+    "connect_async",
+]

@@ -1,0 +1,189 @@
+"""Regions as this client sees them: which exist, how to reach them, where their blocks lie.
+
+A region keeps one *slot* for as long as its node lives, whatever number the server gives it in this epoch; so
+places stay known over a restart of the server. Mapped on first use, for reading and for writing apart, so
+that a process that only reads cannot damage the pool. Thread-safe: tables are replaced, never changed, so
+that readers need no lock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+import numpy as np
+import numpy.typing as npt
+
+from memfabric.client.memory import BlockShape
+from memfabric.core import layout
+from memfabric.core.messages import NodeState, RegionView, View
+from transport.base import Transport, TransportError, UInt8Column
+
+Slots = npt.NDArray[np.int32]
+RegionTable = npt.NDArray[np.int64]
+"""``[slots, 3]``: handle (-1: not mapped), data offset, block count."""
+
+_HANDLE, _DATA_OFFSET, _BLOCK_COUNT = 0, 1, 2
+
+
+@dataclasses.dataclass(slots=True)
+class _Known:
+    """A region in the current view or one before. `error`: why it could not be mapped."""
+
+    view: RegionView
+    error: str = ""
+
+
+def _identity(view: RegionView) -> tuple[str, int, int, int, int, int, bytes]:
+    return (
+        view.node,
+        view.incarnation,
+        view.region_id,
+        view.size_bytes,
+        view.block_bytes,
+        view.segments,
+        view.descriptor,
+    )
+
+
+class Regions:
+    """All regions of the client's namespace."""
+
+    def __init__(self, transport: Transport, shape: BlockShape) -> None:
+        self._transport = transport
+        self._shape = shape
+        self._lock = threading.Lock()
+        self._known: list[_Known] = []
+        self._live: dict[tuple[str, int, int, int, int, int, bytes], int] = {}
+        self._tables: dict[bool, RegionTable] = {w: np.zeros((0, 3), np.int64) for w in (False, True)}
+        self._numbers = np.zeros(0, np.uint32)
+        self._number_slots = np.zeros(0, np.int32)
+        self._version = (-1, -1)
+        self._closed = False
+
+    def table(self, writable: bool) -> RegionTable:
+        """The current table; rows of regions that are gone or not mapped yet have handle -1."""
+        return self._tables[writable]
+
+    def apply(self, view: View, *, joined: bool = False) -> Slots | None:
+        """Take a view if it is newer (or the first of a session: `joined`); returns the slots of regions that
+        are gone.
+
+        None: the view is older than what is known.
+        """
+        with self._lock:
+            version = (view.epoch, view.version)
+            if self._closed or (not joined and version <= self._version):
+                return None
+            self._version = version
+            dead = {(node.name, node.incarnation) for node in view.nodes if node.state is NodeState.DEAD}
+            seen = {}
+            for region in view.regions:
+                if (region.node, region.incarnation) not in dead and self._fits(region):
+                    seen[_identity(region)] = region
+            gone = [slot for key, slot in self._live.items() if key not in seen]
+            for key in [key for key in self._live if key not in seen]:
+                del self._live[key]
+            for key, region in seen.items():
+                if key not in self._live:
+                    self._live[key] = self._add(region)
+            self._renumber([(region.number, self._live[key]) for key, region in seen.items()])
+            dropped = self._unmap(gone)
+        for handle in dropped:
+            self._transport.disconnect(handle)
+        return np.array(gone, np.int32)
+
+    def slots_of(self, numbers: npt.NDArray[np.uint32]) -> Slots:
+        """Slots of the server's region numbers; -1 for numbers that the current view does not have."""
+        known, slots = self._numbers, self._number_slots
+        if not len(known):
+            return np.full(len(numbers), -1, np.int32)
+        at = np.searchsorted(known, numbers)
+        at[at == len(known)] = 0
+        found: Slots = np.where(known[at] == numbers, slots[at], np.int32(-1)).astype(np.int32)
+        return found
+
+    def map(self, slots: Slots, writable: bool) -> npt.NDArray[np.bool_]:
+        """Make regions usable; returns which of `slots` are. The reasons of the others: `why_not`."""
+        handles = self._tables[writable][slots, _HANDLE]
+        if (handles >= 0).all():
+            return np.ones(len(slots), np.bool_)
+        with self._lock:
+            if self._closed:
+                return np.asarray(handles >= 0)
+            table = self._tables[writable].copy()
+            for slot in np.unique(slots[handles < 0]).tolist():
+                if table[slot, _HANDLE] < 0 and table[slot, _BLOCK_COUNT] and slot in self._live.values():
+                    table[slot, _HANDLE] = self._connect(self._known[slot], writable)
+            self._tables[writable] = table
+        usable: npt.NDArray[np.bool_] = table[slots, _HANDLE] >= 0
+        return usable
+
+    def why_not(self, slots: Slots) -> str:
+        """Why regions cannot be used, each reason once."""
+        reasons = [self._known[slot].error or "its node is gone" for slot in np.unique(slots).tolist()]
+        return "; ".join(dict.fromkeys(reasons))
+
+    def mapped(self, slot: int) -> UInt8Column:
+        """A read-only view of a region that `map` made usable for reading.
+
+        Raises:
+            TransportError: it is gone.
+        """
+        return self._transport.mapped(int(self._tables[False][slot, _HANDLE]))
+
+    def close(self) -> None:
+        """Unmap everything, once running copies are over; nothing can be mapped again."""
+        with self._lock:
+            self._closed = True
+            handles = self._unmap(list(range(len(self._known))))
+        for handle in handles:
+            self._transport.disconnect(handle)
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """(epoch, version) of the current view."""
+        return self._version
+
+    # --- inside, under the lock ---
+
+    def _fits(self, region: RegionView) -> bool:
+        return (region.block_bytes, region.segments) == (self._shape.block_bytes, self._shape.segments)
+
+    def _add(self, region: RegionView) -> int:
+        try:
+            plan = layout.plan_region(region.size_bytes, region.block_bytes, region.segments)
+            row, error = [-1, plan.data_offset, plan.block_count], ""
+        except layout.LayoutError as raised:
+            row, error = [-1, 0, 0], str(raised)
+        self._known.append(_Known(region, error))
+        for writable, table in self._tables.items():
+            self._tables[writable] = np.vstack([table, np.array([row], np.int64)])
+        return len(self._known) - 1
+
+    def _renumber(self, pairs: list[tuple[int, int]]) -> None:
+        pairs = sorted(pair for pair in pairs if 0 <= pair[0] < 1 << 32)
+        self._number_slots = np.array([slot for _, slot in pairs], np.int32)
+        self._numbers = np.array([number for number, _ in pairs], np.uint32)
+
+    def _unmap(self, slots: list[int]) -> list[int]:
+        dropped = []
+        for writable, table in self._tables.items():
+            if slots:
+                table = table.copy()
+                dropped += [handle for handle in table[slots, _HANDLE].tolist() if handle >= 0]
+                table[slots, _HANDLE] = -1
+                self._tables[writable] = table
+        return dropped
+
+    def _connect(self, known: _Known, writable: bool) -> int:
+        try:
+            handle = self._transport.connect(known.view.descriptor, writable=writable)
+        except TransportError as error:
+            known.error = f"node {known.view.node}: {error}"
+            return -1
+        known.error = ""
+        return handle

@@ -1,0 +1,420 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from memfabric.client import leases, listing, reading, writing
+from memfabric.client.buffers import Keys, chained_keys, distinct_keys, key_array, new_output, resolve, token_column
+from memfabric.client.effects import Operation, run
+from memfabric.client.engine import Engine
+from memfabric.client.listing import BlockPage
+from memfabric.client.options import open_engine
+from memfabric.client.quick import Quick
+from memfabric.client.results import GetResult, PrefetchResult, PutResult, RemoveResult, StatusColumn
+from memfabric.core.fingerprint import Fingerprint
+from memfabric.core.keys import ROOT, BlockKeys, block_keys
+from memfabric.core.messages import NamespaceSpec
+from memfabric.errors import UsageError
+
+T = TypeVar("T")
+
+
+def connect(
+    address: str | None = None,
+    *,
+    namespace: str,
+    fingerprint: Fingerprint | None = None,
+    create: NamespaceSpec | None = None,
+    timeout_s: float = 5.0,
+    verify: bool = True,
+    copy_threads: int = 0,
+    name: str | None = None,
+    shm_directory: str | None = None,
+) -> Client:
+    """Open a namespace of a pool.
+
+    Args:
+        address: the metadata server, ``tcp://HOST:PORT``; None: ``$MEMFABRIC_ADDRESS``, else
+            ``tcp://127.0.0.1:7170``.
+        namespace: its name. It must exist, unless `create` is given.
+        fingerprint: what the caller's KV is; None takes the namespace's own on trust.
+        create: create the namespace like this if it is not there; if it is, fingerprint and block shape must
+            agree.
+        timeout_s: deadline of this call, and the default for the client's calls, in seconds.
+        verify: check the payload's digests on every read; headers are checked in any case.
+        copy_threads: native threads per copy: 0 as many as pay, 1 the calling thread alone.
+        name: how the server's status and log call this client; None: program and process id.
+        shm_directory: where nodes on this host keep their regions; None: ``$MEMFABRIC_SHM_DIRECTORY``, else
+            ``/dev/shm``.
+
+    Raises:
+        UnavailableError: no server answered in time. RefusedError: it said no (unknown namespace, another
+            fingerprint with the fields that differ, another protocol version). UsageError: the arguments are
+            wrong. Not applied, except that a namespace may have been created when no answer came.
+    """
+    return Client(
+        open_engine(address, namespace, fingerprint, create, timeout_s, verify, copy_threads, name, shm_directory)
+    )
+
+
+def make_keys(engine: Engine, token_ids: Sequence[int] | npt.NDArray[Any], parent: bytes | None) -> BlockKeys:
+    """Keys of a prompt's whole blocks in the client's namespace."""
+    spec = engine.namespace
+    try:
+        return block_keys(spec.fingerprint.digest(), token_ids, spec.block_tokens, ROOT if parent is None else parent)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def describe(kind: str, engine: Engine) -> str:
+    """A client in one line."""
+    spec = engine.namespace
+    life = "closed" if engine.closed else f"epoch {engine.link.epoch}"
+    return f"<{kind} of {spec.name!r} at {engine.link.address}: blocks of {spec.block_bytes} bytes, {life}>"
+
+
+class Client:
+    """A namespace of the pool. Thread-safe, except that one lease is used by one thread at a time. A context
+    manager.
+
+    Buffers that are passed belong to the call until it returns. Keys are `BlockKeys`, a sequence of 16-byte
+    ``bytes``, or a uint8 array ``[n, 16]`` (raw keys are a chain in order). An empty batch is legal and asks
+    nobody. Batches of any size work; they are sent in parts. A client does not survive ``fork``: connect in
+    the child.
+
+    Errors of every call: `UsageError` (not applied), `RefusedError` (not applied), `UnavailableError` (reads,
+    or not applied), `OutcomeUnknownError` (unknown; says how to find out).
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        """Use `connect`."""
+        self._engine = engine
+        self._quick = Quick(engine)
+        # A client that is dropped, or still open when the interpreter ends, is closed then.
+        self._closer = weakref.finalize(self, engine.close)
+
+    @property
+    def namespace(self) -> NamespaceSpec:
+        """What the namespace is: name, block_bytes, block_tokens, segments, fingerprint, policy, …"""
+        return self._engine.namespace
+
+    def block_keys(self, token_ids: Sequence[int] | npt.NDArray[Any], parent: bytes | None = None) -> BlockKeys:
+        """Keys of the whole blocks of a token sequence; a tail shorter than a block gets none.
+
+        Args:
+            token_ids: ids in ``[0, 2**32)``.
+            parent: the key of the block before ``token_ids[0]``; None at the start of a prompt.
+        """
+        return make_keys(self._engine, token_ids, parent)
+
+    def match(self, keys: Keys, *, timeout_s: float | None = None) -> int:
+        """Longest cached prefix of `keys`, in blocks. The blocks may be evicted right after; `acquire` holds
+        them."""
+        return self._run(lambda e: reading.match(e, key_array(keys), e.deadline_ns(timeout_s)))
+
+    def get(self, keys: Keys, out: Any = None, *, leased: bool = False, timeout_s: float | None = None) -> GetResult:
+        """Read blocks. Blocks whose place is known are read without a request; the rest is leased, read and
+        released.
+
+        Args:
+            keys: n keys; the same key may be there twice.
+            out: where to: one C-contiguous array, CPU tensor or buffer of ``n × block_bytes``; a list of n
+                buffers of block_bytes; or `PagedBlocks`. None: a fresh uint8 array ``[n, block_bytes]``.
+            leased: do not rely on known places; take a lease for every block.
+
+        Returns:
+            A status per key. `out` holds exactly the committed bytes where it is OK and is undefined
+            elsewhere.
+        """
+        engine = self._engine
+        engine.check_open()
+        array = key_array(keys)
+        if out is None:
+            out = new_output(len(array), engine.shape, engine.shape.segments)
+        if not leased:
+            status = self._quick.get(array, out)
+            if status is not None:
+                return GetResult(status, out, len(array) * engine.shape.block_bytes, len(array))
+        memory = resolve(out, len(array), engine.shape, writable=True)
+        return run(reading.get(engine, array, memory, out, leased, engine.deadline_ns(timeout_s)), engine.link)
+
+    def put(
+        self,
+        keys: Keys,
+        blocks: Any,
+        *,
+        token_counts: Sequence[int] | npt.NDArray[Any] | None = None,
+        wait: bool = False,
+        timeout_s: float | None = None,
+    ) -> PutResult:
+        """Store blocks. What is there already is not written again.
+
+        Args:
+            keys: n distinct keys; with `BlockKeys` their parents are stored too, raw keys are a chain in
+                order.
+            blocks: the n blocks; see `get`'s `out`.
+            token_counts: tokens per block, 1 to block_tokens; None: whole blocks. Fewer only where the
+                namespace takes them.
+            wait: retry blocks without space and await other writers, until `timeout_s`.
+
+        Returns:
+            A status per key. After an `OutcomeUnknownError` it is safe to put again.
+        """
+        engine = self._engine
+        engine.check_open()
+        chain = chained_keys(keys)
+        distinct_keys(chain.keys)
+        tokens = token_column(token_counts, len(chain), engine.namespace.block_tokens)
+        memory = resolve(blocks, len(chain), engine.shape, writable=False)
+        return run(writing.put(engine, chain, memory, tokens, wait, engine.deadline_ns(timeout_s)), engine.link)
+
+    def acquire(
+        self, keys: Keys, *, ttl_s: float | None = None, prefix: bool = False, timeout_s: float | None = None
+    ) -> ReadLease:
+        """Hold blocks for reading; a context manager that releases.
+
+        Args:
+            ttl_s: how long at most; None: 10 s. The server may grant less.
+            prefix: hold only the leading blocks up to the first that is missing.
+        """
+        held = self._run(lambda e: leases.hold_read(e, key_array(keys), ttl_s, prefix, e.deadline_ns(timeout_s)))
+        return ReadLease(held)
+
+    def reserve(
+        self,
+        keys: Keys,
+        *,
+        token_counts: Sequence[int] | npt.NDArray[Any] | None = None,
+        ttl_s: float | None = None,
+        timeout_s: float | None = None,
+    ) -> WriteLease:
+        """Hold fresh blocks for writing; a context manager that aborts unless `WriteLease.commit` was called.
+
+        Args:
+            keys, token_counts: see `put`.
+            ttl_s: how long at most; None: 10 s.
+        """
+        self._engine.check_open()
+        chain = chained_keys(keys)
+        distinct_keys(chain.keys)
+        tokens = token_column(token_counts, len(chain), self._engine.namespace.block_tokens)
+        held = self._run(lambda e: leases.hold_write(e, chain, tokens, ttl_s, e.deadline_ns(timeout_s)))
+        return WriteLease(held)
+
+    def remove(self, keys: Keys, *, timeout_s: float | None = None) -> RemoveResult:
+        """Forget blocks. Those under a lease can no longer be found, and are freed when the lease ends."""
+        array = key_array(keys)
+        distinct_keys(array)
+        return self._run(lambda e: reading.remove(e, array, e.deadline_ns(timeout_s)))
+
+    def prefetch(self, keys: Keys, *, timeout_s: float | None = None) -> PrefetchResult:
+        """Learn the places of blocks now, so that the next `get` of them needs no request."""
+        return self._run(lambda e: reading.prefetch(e, key_array(keys), e.deadline_ns(timeout_s)))
+
+    def explain(self, key: bytes | str, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """Everything the server knows about a key (16 bytes, or 32 hexadecimal digits)."""
+        return self._run(lambda e: listing.explain(e, key, e.deadline_ns(timeout_s)))
+
+    def list_blocks(self, *, page: int = 1000, timeout_s: float | None = None) -> Iterator[BlockPage]:
+        """Readable blocks in pages of columns. Blocks that come or go meanwhile may be in it or not."""
+        cursor: int | None = 0
+        while cursor is not None:
+            at = cursor
+            found, cursor = self._run(lambda e, at=at: listing.page(e, at, page, e.deadline_ns(timeout_s)))  # type: ignore[misc]
+            yield found
+
+    def stats(self) -> dict[str, Any]:
+        """This client's counters, and what it knows."""
+        return self._engine.stats()
+
+    def close(self) -> None:
+        """Give leases back, end the I/O thread, unmap. Idempotent; takes about a second at most."""
+        self._closer.detach()
+        self._engine.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return describe("Client", self._engine)
+
+    def _run(self, make: Callable[[Engine], Operation[T]]) -> T:
+        self._engine.check_open()
+        return run(make(self._engine), self._engine.link)
+
+
+class ReadLease:
+    """Blocks held for reading; see `Client.acquire`.
+
+    Attributes:
+        granted: bool ``[n]``: held. Blocks that are not in the pool are not.
+    """
+
+    def __init__(self, held: leases.HeldRead) -> None:
+        """Use `Client.acquire`."""
+        self._held = held
+        self.granted = held.granted
+
+    @property
+    def status(self) -> StatusColumn:
+        """uint8 ``[n]`` of `core.messages.AcquireStatus`: MISSING or GRANTED."""
+        return self.granted.astype(np.uint8)
+
+    @property
+    def count(self) -> int:
+        """Leading blocks that are held."""
+        return len(self.granted) if self.granted.all() else int(np.argmin(self.granted))
+
+    @property
+    def deadline_ns(self) -> int:
+        """When the lease ends (CLOCK_MONOTONIC, `time.monotonic_ns`); 0 when nothing was granted."""
+        return self._held.deadline_ns
+
+    def read(self, out: Any = None, *, segments: slice | None = None, timeout_s: float | None = None) -> GetResult:
+        """Read the held blocks, or some segments of each (layer-wise).
+
+        Args:
+            out: as for `Client.get`, for all n keys; with `segments` a block has only the selected segments'
+                bytes (in `PagedBlocks` the layout's fragments of those segments are used).
+            segments: a slice over the block's segments.
+
+        Raises:
+            RefusedError: the lease expired before the bytes had landed; they must not be used.
+        """
+        held = self._held
+        return run(held.read(out, segments, held.engine.deadline_ns(timeout_s)), held.engine.link)
+
+    def view(self, index: int, *, segments: slice | None = None) -> memoryview:
+        """The block's own memory in the pool, read-only and without a copy.
+
+        It is what was committed only until the lease ends; nothing was verified. Use it, then ask `check`.
+
+        Raises:
+            UsageError: not granted. UnavailableError: it cannot be mapped here.
+        """
+        return self._held.view(index, segments)
+
+    def check(self, index: int) -> bool:
+        """After using a view: whether it was right, i.e. the block still verifies and the lease is still
+        valid."""
+        return self._held.verify(index)
+
+    def renew(self, ttl_s: float | None = None, *, timeout_s: float | None = None) -> int:
+        """Prolong the lease; returns the new `deadline_ns`.
+
+        Raises:
+            RefusedError: it has ended.
+        """
+        held = self._held
+        return run(held.renew(ttl_s, held.engine.deadline_ns(timeout_s)), held.engine.link)
+
+    def release(self) -> None:
+        """End the lease. Idempotent; waits for nothing."""
+        self._held.end()
+
+    def __enter__(self) -> ReadLease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __len__(self) -> int:
+        return len(self.granted)
+
+    def __repr__(self) -> str:
+        return f"<ReadLease of {int(self.granted.sum())} of {len(self)} blocks>"
+
+
+class WriteLease:
+    """Fresh blocks held for writing; see `Client.reserve`.
+
+    Attributes:
+        granted: bool ``[n]``: to be written. The others: `status` says why not.
+    """
+
+    def __init__(self, held: leases.HeldWrite) -> None:
+        """Use `Client.reserve`."""
+        self._held = held
+        self.granted = held.granted
+
+    @property
+    def status(self) -> StatusColumn:
+        """uint8 ``[n]`` of `PutStatus`; STORED stands for granted until the commit."""
+        return self._held.status
+
+    @property
+    def message(self) -> str:
+        """Why blocks were not granted or not written."""
+        return self._held.message
+
+    @property
+    def deadline_ns(self) -> int:
+        """When the lease ends (CLOCK_MONOTONIC); 0 when nothing was granted."""
+        return self._held.deadline_ns
+
+    def write(self, blocks: Any, *, segments: slice | None = None) -> int:
+        """Write the granted blocks, or some segments of each (layer-wise); any number of times, in any order.
+
+        Args:
+            blocks: as for `Client.put`, for all n keys; those that were not granted are skipped.
+            segments: a slice over the block's segments; a block in `blocks` then has only those bytes.
+
+        Returns:
+            How many blocks were written.
+
+        Raises:
+            RefusedError: the lease expired; the blocks cannot be committed.
+        """
+        held = self._held
+        return run(held.write(blocks, segments), held.engine.link)
+
+    def commit(self, *, timeout_s: float | None = None) -> PutResult:
+        """Make readable what was written whole, i.e. in all its segments; the rest is given back. Ends the
+        lease.
+
+        Raises:
+            RefusedError: the lease has ended; nothing became readable.
+        """
+        held = self._held
+        return run(held.commit(held.engine.deadline_ns(timeout_s)), held.engine.link)
+
+    def renew(self, ttl_s: float | None = None, *, timeout_s: float | None = None) -> int:
+        """Prolong the lease; returns the new `deadline_ns`.
+
+        Raises:
+            RefusedError: it has ended.
+        """
+        held = self._held
+        return run(held.renew(ttl_s, held.engine.deadline_ns(timeout_s)), held.engine.link)
+
+    def abort(self) -> None:
+        """Give everything back. Idempotent; waits for nothing."""
+        self._held.end()
+
+    def __enter__(self) -> WriteLease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def __len__(self) -> int:
+        return len(self.granted)
+
+    def __repr__(self) -> str:
+        return f"<WriteLease of {int(self.granted.sum())} of {len(self)} blocks>"
