@@ -78,6 +78,6 @@ def decode(frame: bytes | memoryview, *expected: type[Message]) -> Message:
         raise FrameError(f"unexpected kind of frame {head[3:]!r}")
     try:
         message = _DECODERS[head[3:]].decode(memoryview(frame)[4:])
-    except (msgspec.DecodeError, RecursionError) as error:  # ValidationError is a DecodeError
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FrameError(f"malformed frame: {error}") from None
     return message  # type: ignore[return-value]  # the decoder of this kind yields exactly this type

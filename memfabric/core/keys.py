@@ -33,8 +33,7 @@ class BlockKeys(Sequence[bytes]):
     __slots__ = ("keys", "parents")
 
     def __init__(self, keys: KeyArray, parents: KeyArray) -> None:
-        if keys.ndim != 2 or keys.shape[1] != KEY_BYTES or keys.dtype != np.uint8:
-            raise ValueError(f"keys must be uint8 [n, 16], got {keys.dtype} {list(keys.shape)}")
+        _check_keys(keys)
         if parents.shape != keys.shape or parents.dtype != np.uint8:
             raise ValueError(f"parents must match keys, got {parents.dtype} {list(parents.shape)}")
         self.keys = np.ascontiguousarray(keys)
@@ -59,7 +58,8 @@ class BlockKeys(Sequence[bytes]):
         if isinstance(keys, BlockKeys):
             return keys
         if isinstance(keys, np.ndarray):
-            return cls.chain(np.ascontiguousarray(keys)) if keys.ndim == 2 else cls(keys, keys)
+            _check_keys(keys)
+            return cls.chain(np.ascontiguousarray(keys))
         if isinstance(keys, (bytes, bytearray, str)):
             raise ValueError("keys must be a sequence of 16-byte keys; for one key pass [key]")
         for position, key in enumerate(keys):
@@ -98,6 +98,11 @@ class BlockKeys(Sequence[bytes]):
     def hex(self) -> list[str]:
         """Each key as 32 hexadecimal digits."""
         return [key.hex() for key in self]
+
+
+def _check_keys(keys: npt.NDArray[Any]) -> None:
+    if keys.ndim != 2 or keys.shape[1] != KEY_BYTES or keys.dtype != np.uint8:
+        raise ValueError(f"keys must be uint8 [n, 16], got {keys.dtype} {list(keys.shape)}")
 
 
 def block_keys(

@@ -80,8 +80,8 @@ def grow(state: State, namespace: Namespace, now_ns: int) -> bool:
 def reclaim(state: State, namespace: Namespace, now_ns: int) -> bool:
     """All regions are taken: a namespace below its fair share gets one back from the one that holds most.
 
-    The fair share is the same number of regions for every namespace. The donor's coldest region is emptied (what is under
-    leases stays until they end) and returned. Whether a region is on its way.
+    The fair share is the same number of regions for every namespace. The donor's coldest region is emptied (what is
+    under leases stays until they end) and returned. Returns whether a region is on its way.
     """
     leaving = (RegionState.VACATING, RegionState.RETURNING)
     if any(region.state in leaving for region in state.cluster.regions.values()):

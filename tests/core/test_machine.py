@@ -275,7 +275,7 @@ class CoreMachine(RuleBasedStateMachine):
         """An old frame comes again, from its own peer and from a stranger: nothing may change."""
         if sequence not in self.h._requests:
             return
-        peer, request = self.h._requests[sequence]
+        _peer, request = self.h._requests[sequence]
         if isinstance(request.body, (m.Commit, m.Reserve, m.Acquire, m.Remove, m.Abort)):
             stranger = self.h.ask(request.body, session=request.session, peer=b"stranger", sequence=10**9)
             assert isinstance(stranger, m.Refused)

@@ -1,0 +1,50 @@
+# Every target sets up what it needs by itself, in virtual environments below .venv/.
+# `make demo` and `make test` are all a new user has to know.
+PYTHON ?= python3
+VENV   := .venv
+DEV    := $(VENV)/dev
+DEMO   := $(VENV)/demo
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard transport/native/* memfabric/native/*) \
+           $(shell find memfabric transport -name '*.py' -o -name '*.txt' -o -name '*.pyi')
+PYTEST  := $(DEV)/bin/python -m pytest
+
+.PHONY: help setup demo test test-fast lint type format bench docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(DEV)/.ready ## virtual environment with memfabric and the development tools
+
+demo: $(DEMO)/.ready ## the main job: prefill and decode of a real model share KV blocks through the pool
+	$(DEMO)/bin/memfabric demo --out out/demo
+
+test: $(DEMO)/.ready $(DEV)/.ready ## all tests, the demonstration with the real model among them
+	$(PYTEST) -m "not demo"
+	$(DEMO)/bin/python -m pytest tests/demo
+
+test-fast: $(DEV)/.ready ## tests without processes and models
+	$(PYTEST) -m "not demo and not processes"
+
+lint: $(DEV)/.ready ## ruff (rules and format) and the layers
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/ruff format --check .
+	$(DEV)/bin/lint-imports
+
+type: $(DEV)/.ready ## mypy --strict
+	$(DEV)/bin/mypy
+
+format: $(DEV)/.ready ## format the code
+	$(DEV)/bin/ruff check --fix .
+	$(DEV)/bin/ruff format .
+
+bench: $(DEV)/.ready ## benchmarks, as ratios to limits measured in the same run
+	$(DEV)/bin/python -m perf.bench --out out/bench
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) build out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+$(DEV)/.ready: $(SOURCES)
+	scripts/make-venv "$(PYTHON)" $(DEV) '.[dev,bench]'
+
+$(DEMO)/.ready: $(SOURCES)
+	scripts/make-venv "$(PYTHON)" $(DEMO) '.[demo,test]'
