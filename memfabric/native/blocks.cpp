@@ -279,19 +279,22 @@ void bind_places(nb::module_ &m); // places.cpp
 
 void bind_blocks(nb::module_ &m) {
     bind_places(m);
-    m.def("digest", &digest, nb::arg("buffer"));
-    m.def("buffer_info", &buffer_info, nb::arg("buffer"));
-    m.def("first_positions", &first_positions, nb::arg("keys"));
-    m.def("plan", &plan, nb::arg("fragments"), nb::arg("regions"), nb::arg("slot"), nb::arg("block"),
-          nb::arg("block_base").none(), nb::arg("block_id").none(), nb::arg("block_bytes"), nb::arg("segment_bytes"),
-          nb::arg("first_segment"), nb::arg("segment_count"), nb::arg("groups"), nb::arg("merge_bytes"),
-          nb::arg("header_local"), nb::arg("header_stride"), nb::arg("header_bytes"), nb::arg("local"),
-          nb::arg("region"), nb::arg("offset"), nb::arg("length"), nb::arg("group"));
-    m.def("pack_headers", &pack_headers, nb::arg("out"), nb::arg("stride"), nb::arg("segments"), nb::arg("keys"),
-          nb::arg("parents"), nb::arg("generation"), nb::arg("tokens"), nb::arg("payload_bytes"), nb::arg("state"),
-          nb::arg("digests").none() = nb::none());
-    m.def("check_headers", &check_headers, nb::arg("headers"), nb::arg("stride"), nb::arg("segments"),
-          nb::arg("payload_bytes"), nb::arg("keys"), nb::arg("generation"), nb::arg("first_segment"),
-          nb::arg("segment_count"), nb::arg("digests").none(), nb::arg("status"));
-    m.def("parse_headers", &parse_headers, nb::arg("table"), nb::arg("stride"), nb::arg("count"));
+    // An array of another type is refused, never converted: results would go to the copy.
+    const auto array = [](const char *name) { return nb::arg(name).noconvert(); };
+    using nb::arg;
+    m.def("digest", &digest, arg("buffer"));
+    m.def("buffer_info", &buffer_info, arg("buffer"));
+    m.def("first_positions", &first_positions, array("keys"));
+    m.def("plan", &plan, array("fragments"), array("regions"), array("slot"), array("block"),
+          array("block_base").none(), array("block_id").none(), arg("block_bytes"), arg("segment_bytes"),
+          arg("first_segment"), arg("segment_count"), arg("groups"), arg("merge_bytes"), arg("header_local"),
+          arg("header_stride"), arg("header_bytes"), array("local"), array("region"), array("offset"),
+          array("length"), array("group"));
+    m.def("pack_headers", &pack_headers, array("out"), arg("stride"), arg("segments"), array("keys"),
+          array("parents"), array("generation"), array("tokens"), arg("payload_bytes"), arg("state"),
+          array("digests").none() = nb::none());
+    m.def("check_headers", &check_headers, array("headers"), arg("stride"), arg("segments"), arg("payload_bytes"),
+          array("keys"), array("generation"), arg("first_segment"), arg("segment_count"), array("digests").none(),
+          array("status"));
+    m.def("parse_headers", &parse_headers, arg("table"), arg("stride"), arg("count"));
 }

@@ -292,23 +292,25 @@ class QuickReader {
 } // namespace
 
 void bind_places(nb::module_ &m) {
+    const auto array = [](const char *name) { return nb::arg(name).noconvert(); };
+    using nb::arg;
     nb::class_<PlaceTable>(m, "PlaceTable")
-        .def(nb::init<size_t, size_t>(), nb::arg("capacity"), nb::arg("touched_limit"))
+        .def(nb::init<size_t, size_t>(), arg("capacity"), arg("touched_limit"))
         .def("__len__", &PlaceTable::size)
-        .def("find", &PlaceTable::find, nb::arg("keys"))
-        .def("learn", &PlaceTable::learn, nb::arg("keys"), nb::arg("slot"), nb::arg("block"), nb::arg("generation"))
-        .def("forget", &PlaceTable::forget, nb::arg("keys"))
-        .def("forget_regions", &PlaceTable::forget_regions, nb::arg("slots"))
-        .def("touch", &PlaceTable::touch, nb::arg("keys"))
-        .def("take_touched", &PlaceTable::take_touched, nb::arg("limit"))
+        .def("find", &PlaceTable::find, array("keys"))
+        .def("learn", &PlaceTable::learn, array("keys"), array("slot"), array("block"), array("generation"))
+        .def("forget", &PlaceTable::forget, array("keys"))
+        .def("forget_regions", &PlaceTable::forget_regions, array("slots"))
+        .def("touch", &PlaceTable::touch, array("keys"))
+        .def("take_touched", &PlaceTable::take_touched, arg("limit"))
         .def_ro("quick_gets", &PlaceTable::quick_gets)
         .def_ro("quick_blocks", &PlaceTable::quick_blocks);
     nb::class_<QuickReader>(m, "QuickReader")
         .def(nb::init<PlaceTable *, size_t, uint64_t, size_t, size_t, bool, Column<uint64_t>, Column<int32_t>,
                       Column<uint64_t>, Column<uint64_t>, Column<int32_t>, Column<uint8_t>, Column<uint64_t>>(),
-             nb::keep_alive<1, 2>(), nb::arg("table"), nb::arg("n"), nb::arg("block_bytes"), nb::arg("segments"),
-             nb::arg("header_stride"), nb::arg("verify"), nb::arg("local"), nb::arg("region"), nb::arg("offset"),
-             nb::arg("length"), nb::arg("group"), nb::arg("headers"), nb::arg("digests"))
-        .def("prepare", &QuickReader::prepare, nb::arg("keys"), nb::arg("out"), nb::arg("regions"))
+             nb::keep_alive<1, 2>(), arg("table"), arg("n"), arg("block_bytes"), arg("segments"),
+             arg("header_stride"), arg("verify"), array("local"), array("region"), array("offset"), array("length"),
+             array("group"), array("headers"), array("digests"))
+        .def("prepare", &QuickReader::prepare, array("keys"), arg("out"), array("regions"))
         .def("check", &QuickReader::check);
 }
