@@ -5,6 +5,7 @@ Pure. What people and scripts ask for; nothing here is on a hot path.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from memfabric.core.messages import (
 from memfabric.core.namespaces import Namespace, check_spec
 from memfabric.core.sessions import Session
 from memfabric.core.state import SaveNamespaces, State
-from memfabric.core.table import SlotState
+from memfabric.core.table import PINNED, SlotState
 from memfabric.errors import RefusalCode, RefusedError
 
 _IDENTITY_FIELDS = ("block_bytes", "block_tokens", "segments")
@@ -264,8 +265,11 @@ def explain(state: State, session: Session, body: Explain, now_ns: int) -> Docum
         ],
     )
     reasons = []
-    if table.pins[slot]:
-        reasons.append(f"{int(table.pins[slot])} read leases")
+    pins = int(table.pins[slot])
+    if pins & ~int(PINNED):
+        reasons.append(f"{pins & ~int(PINNED)} read leases")
+    if pins & int(PINNED):
+        reasons.append("it is pinned")
     if table.children[slot]:
         reasons.append(f"{int(table.children[slot])} blocks continue it")
     if not complete:
@@ -280,6 +284,8 @@ def explain(state: State, session: Session, body: Explain, now_ns: int) -> Docum
 def status(state: State, now_ns: int, started_ns: int) -> Document:
     """The whole pool at a glance; docs/cli.md lists the fields."""
     leases = state.leases.all()
+    held = Counter((lease.namespace, lease.kind) for lease in leases)
+    sessions = Counter(session.namespace for session in state.sessions.all())
     nodes = []
     for name in sorted(state.cluster.nodes):
         node = state.cluster.nodes[name]
@@ -301,7 +307,7 @@ def status(state: State, now_ns: int, started_ns: int) -> Document:
                     for region in regions
                     if region.layout
                 ),
-                "heartbeat_age_ns": now_ns - node.last_seen_ns,
+                "heartbeat_age_ns": max(0, now_ns - node.last_seen_ns),
                 "transport": "shm",
             }
         )
@@ -309,7 +315,6 @@ def status(state: State, now_ns: int, started_ns: int) -> Document:
     for name in sorted(state.by_name):
         namespace = state.by_name[name]
         spec = namespace.spec
-        kinds = [lease.kind for lease in leases if lease.namespace == namespace.id]
         spaces.append(
             {
                 "name": name,
@@ -328,9 +333,9 @@ def status(state: State, now_ns: int, started_ns: int) -> Document:
                 "quota_bytes": spec.quota_bytes,
                 "used_bytes": namespace.used * spec.block_bytes,
                 "regions": len(namespace.regions),
-                "read_leases": kinds.count(LeaseKind.READ),
-                "write_leases": kinds.count(LeaseKind.WRITE),
-                "sessions": sum(session.namespace == namespace.id for session in state.sessions.all()),
+                "read_leases": held[namespace.id, LeaseKind.READ],
+                "write_leases": held[namespace.id, LeaseKind.WRITE],
+                "sessions": sessions[namespace.id],
                 "counters": dict(sorted(namespace.counters.items())),
             }
         )

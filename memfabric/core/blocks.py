@@ -24,7 +24,9 @@ from memfabric.core.messages import (
     KvEvent,
     Match,
     Matched,
+    Pin,
     Ping,
+    Pinned,
     Release,
     Remove,
     Removed,
@@ -39,7 +41,7 @@ from memfabric.core.messages import (
 from memfabric.core.namespaces import Namespace
 from memfabric.core.sessions import Session
 from memfabric.core.state import Publish, State, topic
-from memfabric.core.table import NO_SLOTS, Slots, SlotState
+from memfabric.core.table import NO_SLOTS, PINNED, Slots, SlotState
 from memfabric.errors import RefusalCode, RefusedError
 
 PRESSURE_RETRY_NS = 20_000_000
@@ -310,9 +312,14 @@ def _what_holds_space(state: State, namespace: Namespace, refusal: ReserveStatus
     """The sentence a writer gets when it is refused for space."""
     spec = namespace.spec
     complete = namespace.readable
-    pinned = int(((state.table.pins > 0) & np.isin(state.table.region, list(namespace.regions))).sum())
+    leased = pinned = 0
+    for number in namespace.regions:
+        region = state.cluster.regions[number]
+        pins = state.table.pins[region.base : region.base + region.block_count]
+        leased += int(((pins & ~PINNED) > 0).sum())
+        pinned += int((pins >= PINNED).sum())
     held = (
-        f"{complete} readable ({pinned} under read leases), {namespace.writing} being written, "
+        f"{complete} readable ({leased} under read leases, {pinned} pinned), {namespace.writing} being written, "
         f"{namespace.quarantined} in quarantine"
     )
     if refusal is ReserveStatus.QUOTA:
@@ -414,11 +421,22 @@ def remove(state: State, session: Session, body: Remove, now_ns: int) -> Removed
     slots = namespace.find(keys)
     found = (slots >= 0) & (state.table.state[slots] == SlotState.COMPLETE)
     status = np.full(len(keys), RemoveStatus.MISSING, np.uint8)
-    status[found] = np.where(
-        state.table.pins[slots[found]] > 0, np.uint8(RemoveStatus.BUSY), np.uint8(RemoveStatus.REMOVED)
-    )
+    leased = (state.table.pins[slots[found]] & ~PINNED) > 0
+    status[found] = np.where(leased, np.uint8(RemoveStatus.BUSY), np.uint8(RemoveStatus.REMOVED))
     state.drop_readable(namespace, slots[found], "removed")
     return Removed(status=status.tobytes())
+
+
+def pin(state: State, session: Session, body: Pin, now_ns: int) -> Pinned:
+    """Set or clear the user's pin of readable blocks."""
+    namespace = namespace_of(state, session)
+    slots = namespace.find(columns.keys(body.keys))
+    readable = namespace.readable_mask(slots, now_ns)
+    if body.pinned:
+        state.table.pins[slots[readable]] |= PINNED
+    else:
+        state.table.pins[slots[readable]] &= ~PINNED
+    return Pinned(status=readable.astype(np.uint8).tobytes())
 
 
 def report_failure(state: State, session: Session, body: ReportFailure, now_ns: int) -> Removed:

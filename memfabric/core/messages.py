@@ -264,6 +264,13 @@ class Remove(Wire, tag="remove", frozen=True, kw_only=True):
     keys: bytes
 
 
+class Pin(Wire, tag="pin", frozen=True, kw_only=True):
+    """Keep readable blocks from being evicted or expiring until they are unpinned (`pinned` false) or removed."""
+
+    keys: bytes
+    pinned: bool = True
+
+
 class ReportFailure(Wire, tag="report_failure", frozen=True, kw_only=True):
     """These blocks, at these generations, did not verify under a valid lease: drop them."""
 
@@ -357,6 +364,7 @@ Body = (
     | Renew
     | Release
     | Remove
+    | Pin
     | ReportFailure
     | ListBlocks
     | Explain
@@ -461,6 +469,12 @@ class Renewed(Wire, tag="renewed", frozen=True, kw_only=True):
     ttl_ns: list[int]
 
 
+class Pinned(Wire, tag="pinned", frozen=True, kw_only=True):
+    """Per key: 1 where the block is readable and now pinned or unpinned as asked, 0 where it is not there."""
+
+    status: bytes
+
+
 class Removed(Wire, tag="removed", frozen=True, kw_only=True):
     """Per key: `RemoveStatus`."""
 
@@ -515,6 +529,7 @@ ReplyBody = (
     | Committed
     | Renewed
     | Removed
+    | Pinned
     | Blocks
     | Namespaces
     | Document

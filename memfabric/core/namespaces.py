@@ -26,7 +26,7 @@ import numpy.typing as npt
 from memfabric._native import KeyIndex
 from memfabric.core import layout
 from memfabric.core.messages import MAX_NAME_BYTES, NamespaceSpec
-from memfabric.core.table import NO_SLOTS, BlockTable, Slots, SlotState
+from memfabric.core.table import NO_SLOTS, PINNED, BlockTable, Slots, SlotState
 from memfabric.errors import RefusalCode, RefusedError
 
 POLICIES = ("lru", "window-lru", "ttl")
@@ -129,7 +129,8 @@ class Namespace:
         """Which of the found slots may be served now."""
         mask: npt.NDArray[np.bool_] = (slots >= 0) & (self.table.state[slots] == SlotState.COMPLETE)
         if self.spec.ttl_ns:
-            mask &= self.table.last_use_ns[slots] >= np.uint64(self.stale_before_ns(now_ns))
+            fresh = self.table.last_use_ns[slots] >= np.uint64(self.stale_before_ns(now_ns))
+            mask &= fresh | (self.table.pins[slots] >= PINNED)
         return mask
 
     def completed(self, slots: Slots, now_ns: int) -> None:

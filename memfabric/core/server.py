@@ -31,6 +31,7 @@ _SESSION_HANDLERS: dict[type, Callable[[State, Session, Any, int], Any]] = {
     m.Renew: blocks.renew,
     m.Release: blocks.release,
     m.Remove: blocks.remove,
+    m.Pin: blocks.pin,
     m.ReportFailure: blocks.report_failure,
     m.GetView: admin.get_view,
     m.ListBlocks: admin.list_blocks,

@@ -26,7 +26,7 @@ from memfabric.core.messages import (
 )
 from memfabric.core.namespaces import Namespace
 from memfabric.core.sessions import Sessions
-from memfabric.core.table import BlockTable, Slots, SlotState
+from memfabric.core.table import PINNED, BlockTable, Slots, SlotState
 from memfabric.errors import RefusalCode, RefusedError
 
 _MS = 1_000_000
@@ -225,6 +225,7 @@ class State:
         table = self.table
         namespace.index.erase(table.key, slots)
         self.publish_removed(namespace, slots, cause)
+        table.pins[slots] &= ~PINNED
         pinned = table.pins[slots] > 0
         held = slots[pinned]
         if len(held):
@@ -278,4 +279,4 @@ class State:
                 np.add.at(pins, lease.slots[live], 1)
             else:
                 assert (self.table.state[lease.slots[live]] == SlotState.WRITING).all()
-        assert (pins == self.table.pins).all(), "pins do not match the read leases"
+        assert (pins == (self.table.pins & ~PINNED)).all(), "pins do not match the read leases"

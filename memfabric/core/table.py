@@ -19,6 +19,8 @@ from memfabric.core.keys import KEY_BYTES
 Slots = npt.NDArray[np.int32]
 NO_SLOTS: Slots = np.empty(0, np.int32)
 FOREVER_NS = 2**64 - 1
+PINNED = np.uint32(1 << 31)
+"""Bit of `BlockTable.pins` that a user's pin sets; the bits below count read leases."""
 
 
 class SlotState(enum.IntEnum):
@@ -58,7 +60,7 @@ class BlockTable:
         parent, parent_generation: slot of the block before this one in its chain; valid only while that slot still has
             that generation.
         children: number of valid links to this slot.
-        pins: number of read leases.
+        pins: number of read leases, plus `PINNED`. Not 0: cannot be evicted.
         depth, stripe: place in the chain and a hash of the chain's first block; placement uses both.
     """
 

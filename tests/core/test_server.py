@@ -153,8 +153,26 @@ def test_nothing_evictable_says_what_holds_the_space(h: Harness) -> None:
     h.acquire(session, keys)
     reply = h.reserve(session, chain(2, 2))
     assert columns(reply)[0].tolist() == [NO_SPACE, NO_SPACE]
-    assert "30 readable (30 under read leases)" in reply.message
+    assert "30 readable (30 under read leases, 0 pinned)" in reply.message
     assert h.match(session, keys) == 30
+
+
+def test_pinned_blocks_outlive_eviction_and_ttl_until_unpinned_or_removed(h: Harness) -> None:
+    session = h.attach(ttl_ns=1000 * MS)
+    keys = chain(1, 4)
+    h.put(session, keys)
+    pin = m.Pin(keys=keys.keys.tobytes() + chain(9, 1).keys.tobytes())
+    assert h.ask(pin, session=session).status == b"\1\1\1\1\0"
+    h.tick(3000)
+    assert h.match(session, keys) == 4
+    assert h.put(session, chain(2, 30)).tolist() == [STORED] * 26 + [NO_SPACE] * 4
+    assert h.match(session, keys) == 4
+    assert "it is pinned" in h.ask(m.Explain(key=keys[3]), session=session).doc["not_evictable_because"]
+    assert h.ask(m.Pin(keys=keys[3], pinned=False), session=session).status == b"\1"
+    assert h.ask(m.Remove(keys=keys[2]), session=session).status == bytes([m.RemoveStatus.REMOVED])
+    h.tick(3000)
+    assert h.info().blocks == 2
+    assert h.match(session, keys) == 2
 
 
 def test_quota_evicts_own_blocks_only(h: Harness) -> None:
