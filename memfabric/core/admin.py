@@ -18,6 +18,7 @@ from memfabric.core.messages import (
     Attach,
     Attached,
     Blocks,
+    Detach,
     Document,
     Done,
     Explain,
@@ -104,12 +105,18 @@ def get_view(state: State, session: Session, body: GetView, now_ns: int) -> View
     return ViewReply(view=state.cluster.view(namespace_of(state, session), state.config.epoch))
 
 
-def end_session(state: State, session: Session, now_ns: int, why: str) -> None:
-    """A client is gone: its leases end; blocks it may still be writing go to quarantine."""
+def detach(state: State, session: Session, body: Detach, now_ns: int) -> Done:
+    """A client closes its session in good order."""
+    end_session(state, session, now_ns, "detached", flushed=True)
+    return Done()
+
+
+def end_session(state: State, session: Session, now_ns: int, why: str, *, flushed: bool = False) -> None:
+    """A client is gone: its leases end; blocks it may still be writing (`flushed` false) go to quarantine."""
     for lease in state.leases.of_session(session.id):
-        end_lease(state, lease, now_ns, flushed=False)
+        end_lease(state, lease, now_ns, flushed=flushed)
     state.sessions.close(session)
-    state.log("info", "session_ended", session=session.id, client=session.client, why=why)
+    state.log("debug" if flushed else "info", "session_ended", session=session.id, client=session.client, why=why)
 
 
 # --- namespaces --------------------------------------------------------------------------------------------------

@@ -201,6 +201,10 @@ class Ping(Wire, tag="ping", frozen=True, kw_only=True):
     touched: bytes = b""
 
 
+class Detach(Wire, tag="detach", frozen=True, kw_only=True):
+    """End the session now. The client promises that nothing of it writes any more: its blocks are free at once."""
+
+
 class GetView(Wire, tag="get_view", frozen=True, kw_only=True):
     """Ask for the current view of the session's namespace."""
 
@@ -355,6 +359,7 @@ class Unregister(Wire, tag="unregister", frozen=True, kw_only=True):
 Body = (
     Attach
     | Ping
+    | Detach
     | GetView
     | Match
     | Acquire

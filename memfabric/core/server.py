@@ -31,6 +31,7 @@ _SESSION_HANDLERS: dict[type, Callable[[State, Session, Any, int], Any]] = {
     m.Renew: blocks.renew,
     m.Release: blocks.release,
     m.Remove: blocks.remove,
+    m.Detach: admin.detach,
     m.Pin: blocks.pin,
     m.ReportFailure: blocks.report_failure,
     m.GetView: admin.get_view,
@@ -47,7 +48,7 @@ _NODE_HANDLERS: dict[type, Callable[[State, bytes, Any, int], m.ReplyBody]] = {
     m.CommandDone: membership.command_done,
     m.Unregister: lambda state, _peer, body, now_ns: membership.unregister(state, body, now_ns),
 }
-_REPEATABLE = (m.Ping, m.Match, m.GetView, m.ListBlocks, m.Explain, m.NamespaceList, m.GetStatus)
+_REPEATABLE = (m.Ping, m.Detach, m.Match, m.GetView, m.ListBlocks, m.Explain, m.NamespaceList, m.GetStatus)
 """Requests whose repetition does no harm: their answers are not kept."""
 MAX_PARKED = 1024
 EVICT_STEP = 4096

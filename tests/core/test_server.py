@@ -382,6 +382,16 @@ def test_attach_is_idempotent_and_sessions_belong_to_their_connection(h: Harness
     assert reply.code == RefusalCode.UNKNOWN_SESSION
 
 
+def test_a_client_that_detaches_leaves_nothing(h: Harness) -> None:
+    session, keys = h.attach(), chain(1, 3)
+    h.put(session, keys)
+    h.acquire(session, keys)
+    h.reserve(session, chain(2, 3))
+    assert h.ask(m.Detach(), session=session) == m.Done()
+    assert len(h.core.state.sessions) == len(h.core.state.leases) == 0
+    assert h.core.state.by_name["ns"].used == 3
+
+
 def test_a_silent_client_loses_its_leases(h: Harness) -> None:
     session, keys = h.attach(), chain(1, 3)
     h.put(session, keys)
