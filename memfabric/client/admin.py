@@ -121,6 +121,7 @@ class AdminClient:
         """End the I/O thread. Idempotent."""
         if not self._closed and os.getpid() == self._pid:
             self._closed = True
+            self._link.detach()
             self._link.close()
 
     def _ask(self, body: Body, expected: type[R]) -> R:

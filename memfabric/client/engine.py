@@ -11,7 +11,6 @@ import os
 import threading
 import time
 from collections import Counter
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,7 +37,6 @@ from memfabric.errors import MemfabricError, UsageError
 from transport.base import Transport
 
 DEFAULT_LEASE_NS = 10_000_000_000
-CLOSE_TIMEOUT_S = 1.0
 
 R = TypeVar("R")
 
@@ -225,17 +223,8 @@ class Engine:
             return
         self.closed = True
         self.regions.close()  # waits for running copies: from here on nothing is written under our leases
-        deadline_ns = time.monotonic_ns() + int(CLOSE_TIMEOUT_S * 1e9)
-        leases, self.leases = dict(self.leases), {}
-        reads = [lease for lease, writing in leases.items() if not writing]
-        goodbyes: list[Body] = [Abort(lease=lease) for lease, writing in leases.items() if writing]
-        if reads:
-            goodbyes.append(Release(leases=reads))
-        try:
-            for answer in [self.link.submit(body, deadline_ns) for body in goodbyes]:
-                answer.exception(CLOSE_TIMEOUT_S)
-        except (MemfabricError, FutureTimeoutError):
-            pass  # the server ends them with the session
+        self.leases.clear()
+        self.link.detach()
         self.link.close()
 
 

@@ -22,11 +22,23 @@ import zmq
 from memfabric import wire
 from memfabric.client.calls import Answer, Call, Opened
 from memfabric.client.session import Session
-from memfabric.core.messages import MAX_FRAME_BYTES, Abort, Acquired, Attach, Attached, Body, KvEvent, Release, View
+from memfabric.core.messages import (
+    MAX_FRAME_BYTES,
+    Abort,
+    Acquired,
+    Attach,
+    Attached,
+    Body,
+    Detach,
+    KvEvent,
+    Release,
+    View,
+)
 from memfabric.errors import MemfabricError, OutcomeUnknownError, UnavailableError, UsageError
 
 HIGH_WATER_MARK = 1024
 IDLE_WAIT_NS = 1_000_000_000
+GOODBYE_S = 0.5
 HANDSHAKE_MS = 3000
 HEARTBEAT_MS = 2000
 HEARTBEAT_TIMEOUT_MS = 6000
@@ -145,6 +157,16 @@ class Link:
     def epoch(self) -> int:
         """Incarnation of the service that the session is with; 0 before the first."""
         return self._session.epoch
+
+    def detach(self, timeout_s: float = GOODBYE_S) -> None:
+        """End the session and all its leases at the server. The caller has made sure that nothing is being written.
+
+        When the server does not answer in time, the session ends there by silence.
+        """
+        try:
+            self.submit(Detach(), time.monotonic_ns() + int(timeout_s * 1e9)).exception(2 * timeout_s)
+        except (MemfabricError, FutureTimeoutError):
+            pass
 
     def close(self, timeout_s: float = 2.0) -> None:
         """End the thread; what is not answered ends with an error. Idempotent, bounded."""

@@ -235,6 +235,7 @@ std::vector<std::string> available_implementations() {
 }  // namespace
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false);  // at interpreter exit, objects of still-running threads are not leaks
     m.doc() = "Native parts of the transports: mapped regions, batched copies, the segment digest.";
 
     nb::register_exception_translator([](const std::exception_ptr& raised, void*) {
