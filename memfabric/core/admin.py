@@ -45,6 +45,10 @@ def attach(state: State, peer: bytes, body: Attach, now_ns: int) -> Attached:
     Raises:
         RefusedError: unknown namespace, another fingerprint or block shape (names the fields), too many sessions.
     """
+    if body.nonce != peer:
+        raise RefusedError(
+            RefusalCode.BAD_REQUEST, "the nonce is not this connection's identity; is this a replayed frame?"
+        )
     if len(body.client.encode()) > 256:
         raise RefusedError(RefusalCode.BAD_REQUEST, "client name is longer than 256 bytes")
     namespace = _attach_namespace(state, body, now_ns) if body.namespace else None

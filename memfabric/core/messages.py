@@ -182,7 +182,8 @@ class RegionOffer(Wire, frozen=True, kw_only=True):
 
 
 class Attach(Wire, tag="attach", frozen=True, kw_only=True):
-    """Open a session. `nonce` (16 bytes) makes it idempotent. Without a fingerprint the stored one is taken.
+    """Open a session. `nonce` is the connection's identity: the same connection asking again gets the same session, and
+    the frame is worth nothing on another connection. Without a fingerprint the stored one is taken.
 
     `create`: create the namespace if it is not there; if it is, its fingerprint and block shape must agree.
     An empty `namespace` opens an administrative session.
@@ -329,12 +330,11 @@ class Register(Wire, tag="register", frozen=True, kw_only=True):
     node: str
     incarnation: int
     host: str
-    epoch: int
     regions: list[RegionOffer]
 
 
 class Heartbeat(Wire, tag="heartbeat", frozen=True, kw_only=True):
-    """A node lives. It carries the results of commands."""
+    """A node lives."""
 
     node: str
     incarnation: int

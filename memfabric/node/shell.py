@@ -181,7 +181,6 @@ class Node:
                 node=self.options.name,
                 incarnation=self._arena.incarnation,
                 host=_boot_id(),
-                epoch=0,
                 regions=self._arena.offers(),
             )
             try:

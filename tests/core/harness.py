@@ -91,7 +91,7 @@ class Harness:
             for _ in range(regions)
         ]
         self.nodes[name] = incarnation
-        body = m.Register(node=name, incarnation=incarnation, host="h", epoch=0, regions=offers)
+        body = m.Register(node=name, incarnation=incarnation, host="h", regions=offers)
         reply = self.ask(body, peer=name.encode())
         if isinstance(reply, m.Refused):
             del self.nodes[name]
@@ -100,7 +100,7 @@ class Harness:
     def attach(self, namespace: str = "ns", *, peer: bytes = b"client", **spec: Any) -> int:
         """A session; the namespace is created with the given fields."""
         full = m.NamespaceSpec(**{"name": namespace, "block_bytes": BLOCK_BYTES, **spec})
-        reply = self.ask(m.Attach(nonce=b"n" * 16, namespace=namespace, create=full), peer=peer)
+        reply = self.ask(m.Attach(nonce=peer, namespace=namespace, create=full), peer=peer)
         assert isinstance(reply, m.Attached), reply
         return reply.session
 

@@ -342,7 +342,7 @@ def test_a_region_changes_hands_scrubbed_and_only_after_quarantine() -> None:
     session = h.attach("one")
     h.put(session, chain(1, 3))
     h.reserve(session, chain(2, 3), ttl_ms=60_000)  # still writing when the namespace goes
-    admin = h.ask(m.Attach(nonce=b"a" * 16), peer=b"admin").session
+    admin = h.ask(m.Attach(nonce=b"admin"), peer=b"admin").session
     refused = h.ask(m.NamespaceDelete(name="one"), session=admin, peer=b"admin")
     assert refused.code == RefusalCode.NAMESPACE_BUSY
     assert h.ask(m.NamespaceDelete(name="one", force=True), session=admin, peer=b"admin") == m.Done()
@@ -378,6 +378,8 @@ def test_a_forgotten_token_is_refused_not_executed_again(h: Harness) -> None:
 def test_attach_is_idempotent_and_sessions_belong_to_their_connection(h: Harness) -> None:
     session = h.attach()
     assert h.attach() == session
+    replayed = h.ask(m.Attach(nonce=b"client", namespace="ns"), peer=b"thief")
+    assert replayed.code == RefusalCode.BAD_REQUEST
     reply = h.ask(m.Match(keys=b"k" * 16), session=session, peer=b"thief")
     assert reply.code == RefusalCode.UNKNOWN_SESSION
 
@@ -405,19 +407,19 @@ def test_another_fingerprint_is_refused_by_field_name(h: Harness) -> None:
     fingerprint = Fingerprint(model="m", dtype="bfloat16", layers=2)
     h.attach(fingerprint=fingerprint)
     other = Fingerprint(model="m", dtype="float32", layers=2)
-    reply = h.ask(m.Attach(nonce=b"x" * 16, namespace="ns", fingerprint=other), peer=b"x")
+    reply = h.ask(m.Attach(nonce=b"x", namespace="ns", fingerprint=other), peer=b"x")
     assert reply.code == RefusalCode.FINGERPRINT
     assert "dtype: 'float32' asked, 'bfloat16' stored" in reply.message
     assert "layers" not in reply.message
     spec = m.NamespaceSpec(name="ns", block_bytes=2 * BLOCK_BYTES, fingerprint=fingerprint)
-    reply = h.ask(m.Attach(nonce=b"x" * 16, namespace="ns", create=spec), peer=b"x")
+    reply = h.ask(m.Attach(nonce=b"x", namespace="ns", create=spec), peer=b"x")
     assert reply.code == RefusalCode.FINGERPRINT
     assert "block_bytes" in reply.message
 
 
 def test_unknown_namespace_names_the_known_ones(h: Harness) -> None:
     h.attach("known")
-    reply = h.ask(m.Attach(nonce=b"x" * 16, namespace="typo"), peer=b"x")
+    reply = h.ask(m.Attach(nonce=b"x", namespace="typo"), peer=b"x")
     assert reply.code == RefusalCode.UNKNOWN_NAMESPACE
     assert "known" in reply.message
 
@@ -447,7 +449,7 @@ def test_unknown_namespace_names_the_known_ones(h: Harness) -> None:
 )
 def test_an_impossible_namespace_is_refused_and_not_there(h: Harness, field: str, value: object) -> None:
     spec = m.NamespaceSpec(**{"name": "ns", "block_bytes": BLOCK_BYTES, field: value})
-    admin = h.ask(m.Attach(nonce=b"a" * 16), peer=b"admin").session
+    admin = h.ask(m.Attach(nonce=b"admin"), peer=b"admin").session
     reply = h.ask(m.NamespaceCreate(spec=spec), session=admin, peer=b"admin")
     assert isinstance(reply, m.Refused)
     assert not h.core.state.namespaces
@@ -507,20 +509,18 @@ def test_a_key_that_names_itself_or_a_later_one_as_parent_makes_no_cycle(h: Harn
 def test_register_refuses_nonsense(h: Harness) -> None:
     offer = m.RegionOffer(region_id=10**6, size_bytes=REGION_BYTES, descriptor=b"d")
     bad = [
-        m.Register(node="../x", incarnation=1, host="h", epoch=0, regions=[offer]),
-        m.Register(node="c", incarnation=1, host="h", epoch=0, regions=[offer, offer]),
+        m.Register(node="../x", incarnation=1, host="h", regions=[offer]),
+        m.Register(node="c", incarnation=1, host="h", regions=[offer, offer]),
         m.Register(
             node="c",
             incarnation=1,
             host="h",
-            epoch=0,
             regions=[m.RegionOffer(region_id=5000, size_bytes=-1, descriptor=b"")],
         ),
         m.Register(
             node="c",
             incarnation=1,
             host="h",
-            epoch=0,
             regions=[m.RegionOffer(region_id=1, size_bytes=REGION_BYTES, descriptor=b"d")],  # node a's region
         ),
     ]
