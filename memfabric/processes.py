@@ -137,7 +137,8 @@ class _Lines:
 class Supervisor:
     """Starts processes and tells in one loop what happens to them; a context manager.
 
-    While the context is open, SIGINT, SIGTERM and SIGHUP are events instead of the parent's end.
+    While the context is open, SIGINT, SIGTERM and SIGHUP (unless it is ignored) are events instead of the
+    parent's end.
     """
 
     def __init__(self) -> None:
@@ -152,6 +153,8 @@ class Supervisor:
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
         for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
             self._handlers[number] = signal.signal(number, self._on_signal)
         # without a handler the default action of SIGCHLD never reaches the wake-up pipe
         self._handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -37,8 +38,14 @@ def emit_json(document: object, *, one_line: bool = False) -> None:
 
 
 def note(message: str) -> None:
-    """Say something to people, on standard error, so that standard output stays for data."""
-    click.echo(message, err=True)
+    """Say something to people, on standard error, so that standard output stays for data.
+
+    If nobody listens any more the message is lost, and that is all: what runs goes on, and ends in its order.
+    """
+    try:
+        click.echo(message, err=True)
+    except BrokenPipeError:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  # stays open until the end, as the stream it replaces
 
 
 def table(*headers: str) -> Table:

@@ -72,7 +72,7 @@ class RootGroup(click.Group):
                 raise  # click ends quietly when the reader of our output has gone
             code, shown = 1, describe(error)
             if ctx.ensure_object(Settings).debug:
-                traceback.print_exc()
+                click.echo(traceback.format_exc(), nl=False, err=True)
                 shown = None
         # Raised out here, so that the error no longer holds the frames, and with them clients, until the very end.
         if shown is not None:

@@ -108,12 +108,14 @@ def up(
         log_level=log_level,
         timeout_s=settings.timeout_s,
     )
+    if ready_file is not None:
+        ready_file.unlink(missing_ok=True)  # of a pool that was killed
     with Pool(plan) as pool:
         if pool.start():
             _announce(pool, ready_file)
             pool.watch()
-    if ready_file is not None:
-        ready_file.unlink(missing_ok=True)
+            if ready_file is not None:
+                ready_file.unlink(missing_ok=True)
     if pool.failures:
         ctx.exit(EXIT_CHILD_FAILED)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -31,7 +32,10 @@ def memfabric(*arguments: str) -> list[str]:
 
 def run_cli(*arguments: str, input: bytes | str | None = None) -> Result:
     """Run a command in this process."""
-    return CliRunner().invoke(cli, list(arguments), input=input, prog_name="memfabric")
+    # click before 8.2 mixes the streams unless told; later ones keep them apart and do not know the option
+    old = "mix_stderr" in inspect.signature(CliRunner).parameters
+    runner: CliRunner = CliRunner(**({"mix_stderr": False} if old else {}))
+    return runner.invoke(cli, list(arguments), input=input, prog_name="memfabric")
 
 
 def eventually(condition: Callable[[], object], what: str) -> None:

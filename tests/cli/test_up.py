@@ -305,3 +305,44 @@ def test_the_default_directory_is_clean_afterwards(tmp_path: Path) -> None:
     finally:
         if pool.process.poll() is None:
             pool.kill_everything()
+
+
+def test_a_pool_whose_output_nobody_reads_still_ends_cleanly(regions: Path, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    options = ["--memory", "4MiB", "--region", "1MiB", "--directory", str(regions), "--ready-file", str(ready)]
+    up = subprocess.Popen(memfabric("up", "-a", "auto", *options), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert up.stderr is not None and up.stdout is not None
+        up.stderr.close()
+        up.stdout.close()
+        eventually(lambda: ready.exists() or up.poll() is not None, "it is ready")
+        assert len(region_files(regions)) == 8
+        up.terminate()
+        assert up.wait(PATIENCE_S) == 0
+    finally:
+        if up.poll() is None:
+            up.terminate()
+            up.wait(PATIENCE_S)
+    assert region_files(regions) == []
+
+
+def test_nohup_is_respected(start_up: StartUp) -> None:
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # children inherit it
+    try:
+        pool = start_up().wait_ready()
+    finally:
+        signal.signal(signal.SIGHUP, old)
+    pool.process.send_signal(signal.SIGHUP)
+    assert pool.run("status").exit_code == 0
+    assert pool.stop(signal.SIGTERM) == 0
+
+
+def test_a_ready_file_of_a_killed_pool_is_not_believed(start_up: StartUp) -> None:
+    pool = start_up().wait_ready()
+    pool.process.kill()
+    pool.end()
+    eventually(lambda: not any(running(pid) for pid in pool.pids.values()), "the processes end by themselves")
+    assert pool.ready_file.exists()
+    again = start_up("--ready-file", str(pool.ready_file), "--region", "1")
+    assert again.end() == 1
+    assert not pool.ready_file.exists()
