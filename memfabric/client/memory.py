@@ -109,7 +109,7 @@ def extent_of(value: Any, what: str) -> Extent:
         address, size, _, writable, contiguous, objects = _native.buffer_info(value)
     except (TypeError, BufferError, ValueError) as error:
         if isinstance(value, np.ndarray):  # a dtype that the buffer protocol cannot express (bfloat16, datetime64)
-            return _exotic_array_extent(value, what)
+            return _array_extent(value, what)
         if hasattr(value, "__cuda_array_interface__"):
             raise UsageError(f"{what} is in GPU memory; this release reads and writes host memory only") from error
         raise UsageError(
@@ -118,17 +118,24 @@ def extent_of(value: Any, what: str) -> Extent:
         ) from error
     if objects:
         raise UsageError(f"{what} holds Python objects (dtype object), not bytes")
+    if not contiguous:
+        return _array_extent(np.asarray(value), what)
     # A view keeps a bytearray or array.array from being resized meanwhile; arrays can't be while they are
     # referred to.
     owner = value if isinstance(value, (np.ndarray, bytes)) else memoryview(value)
     return Extent(address, size, writable, contiguous, owner)
 
 
-def _exotic_array_extent(array: npt.NDArray[Any], what: str) -> Extent:
+def _array_extent(array: npt.NDArray[Any], what: str) -> Extent:
     if array.dtype.hasobject:
         raise UsageError(f"{what} holds Python objects (dtype object), not bytes")
-    return Extent(array.ctypes.data, _span(array.shape, array.strides, array.itemsize, what),
-                  bool(array.flags.writeable), bool(array.flags.c_contiguous), array)  # fmt: skip
+    return Extent(
+        array.ctypes.data,
+        _span(array.shape, array.strides, array.itemsize, what),
+        bool(array.flags.writeable),
+        bool(array.flags.c_contiguous),
+        array,
+    )
 
 
 def _tensor_extent(tensor: Any, what: str) -> Extent:
@@ -248,9 +255,9 @@ class PagedLayout:
 
 
 def _id_range(fragments: Int64s) -> tuple[int, int]:
-    """Block ids for which base + id × stride … + bytes stays in [low, high) for all fragments; exact
+    """Block ids from 0 on for which base + id × stride … + bytes stays in [low, high) for all fragments; exact
     integers."""
-    least, most = -(1 << 62), 1 << 62
+    least, most = 0, 1 << 62
     for base, stride, size, _, low, high in fragments.tolist():
         below, above = low - base, high - size - base  # id × stride must lie in [below, above]
         if stride < 0:

@@ -24,7 +24,7 @@ from memfabric.client.verify import HeaderCheck
 from memfabric.core.keys import BlockKeys
 from memfabric.core.layout import BlockState
 from memfabric.core.messages import Commit, CommitStatus, Committed, Reserve, Reserved, ReserveStatus
-from memfabric.errors import RefusalCode, RefusedError
+from memfabric.errors import RefusalCode, RefusedError, UnavailableError
 
 Tokens = npt.NDArray[np.uint32]
 
@@ -110,18 +110,26 @@ def put(
     n = len(keys)
     status = np.full(n, PutStatus.LOST, np.uint8)
     todo: Positions = np.arange(n)
-    retry_ns, pause_ns, message = 0, PENDING_PAUSE_NS, ""
+    retry_ns, pause_ns, message, waited = 0, PENDING_PAUSE_NS, "", False
     while len(todo):
-        retry_ns, message = 0, ""
-        for part in parts(engine, len(todo), PART_BYTES):
-            why, after_ns = yield from _put_part(engine, keys, memory, tokens, status, todo[part], deadline_ns)
-            message, retry_ns = why or message, max(retry_ns, after_ns)
+        before, retry_ns = message, 0
+        try:
+            message = ""
+            for part in parts(engine, len(todo), PART_BYTES):
+                why, after_ns = yield from _put_part(engine, keys, memory, tokens, status, todo[part], deadline_ns)
+                message, retry_ns = why or message, max(retry_ns, after_ns)
+        except UnavailableError:
+            if not waited or time.monotonic_ns() < deadline_ns:
+                raise
+            message = before  # the time to wait is over; what was found out before it holds
+            break
         open_ = np.isin(status[todo], (PutStatus.PENDING, PutStatus.NO_SPACE, PutStatus.QUOTA))
         todo = todo[open_]
         hopeless = retry_ns == 0 and not (status[todo] == PutStatus.PENDING).any()
         left_ns = deadline_ns - time.monotonic_ns()
         if not wait or not len(todo) or hopeless or left_ns <= 0:
             break
+        waited = True
         yield Pause(min(max(retry_ns, pause_ns), left_ns, MAX_PAUSE_NS))
         pause_ns = min(2 * pause_ns, MAX_PAUSE_NS)
     stored = int((status == PutStatus.STORED).sum())

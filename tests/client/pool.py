@@ -57,8 +57,9 @@ class ThreadPool:
         thread.join(10)
 
     def stop_server(self) -> None:
-        self.server.stop()
-        self._server_thread.join(10)
+        if self._server_thread.is_alive():
+            self.server.stop()
+            self._server_thread.join(10)
 
     def restart_server(self) -> None:
         """A new incarnation at the same address; it remembers nothing."""
