@@ -245,11 +245,12 @@ def ls(settings: Settings, namespace: str, limit: int) -> None:
     elif rows:
         from memfabric.cli.render import ago
 
-        made = table("key", "parent", ">region", ">block", ">tokens", ">reused", ">last use")
+        made = table("key", "parent", "node", ">region", ">block", ">tokens", ">reused", ">last use")
         for row in rows:
             made.add_row(
                 row["key"],
                 row["parent"] or NOTHING,
+                row["node"] or NOTHING,
                 str(row["region"]),
                 count(row["block"]),
                 count(row["tokens"]),
@@ -303,7 +304,7 @@ def rm(
         if everything:
             if not yes:
                 click.confirm(f"Remove all blocks of namespace {namespace}?", abort=True, err=True)
-            wanted = [bytes.fromhex(row["key"]) for row in _list_rows(client)]
+            wanted = [key for page in client.list_blocks() for key in page.keys]
         else:
             wanted = _wanted(keys, keys_file)
         status = client.remove(wanted).status.tolist() if wanted else []
@@ -367,13 +368,20 @@ def _wanted(keys: tuple[bytes, ...], keys_file: str | None) -> list[bytes]:
 
 
 def _list_rows(client: Client) -> Iterator[dict[str, Any]]:
-    """All readable blocks, page by page; `parent` is None at the start of a chain, as far as the pool holds it."""
+    """All readable blocks, page by page; `parent` is None at the start of a chain, as far as the pool holds it.
+
+    A listing says regions only; `node` comes from explaining one block of each region, and is None if that has gone.
+    """
+    nodes: dict[int, str | None] = {}
     for page in client.list_blocks():
         columns = (page.region, page.block, page.tokens, page.reuse, page.age_ns)
-        names = ("region", "block", "tokens", "reuse", "age_ns")
         parents = (parent.hex() if any(parent) else None for parent in _raw(page.keys.parents))
-        for key, parent, *values in zip(page.keys.hex(), parents, *(c.tolist() for c in columns), strict=True):
-            yield {"key": key, "parent": parent, **dict(zip(names, values, strict=True))}
+        for key, parent, region, *values in zip(page.keys.hex(), parents, *(c.tolist() for c in columns), strict=True):
+            if nodes.get(region) is None:
+                told = client.explain(key)
+                nodes[region] = told.get("node") if told.get("region") == region else None
+            row = {"key": key, "parent": parent, "node": nodes[region], "region": region}
+            yield row | dict(zip(("block", "tokens", "reuse", "age_ns"), values, strict=True))
 
 
 def _raw(keys: Any) -> list[bytes]:

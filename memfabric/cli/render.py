@@ -186,7 +186,7 @@ def ago(value: Any) -> str:
     """How long ago: ``just now``, ``1.5 s ago``, ``3 min 5 s ago``."""
     if not isinstance(value, int):
         return NOTHING
-    return f"{duration(value)} ago" if value >= 10**8 else "just now"
+    return f"{duration(value)} ago" if value >= 10**9 else "just now"
 
 
 def _counted(value: Any, noun: str) -> str:

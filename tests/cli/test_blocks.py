@@ -246,6 +246,10 @@ def test_ls_shows_the_chain(pool: Up, space: str, put: Callable[..., list[str]])
     parents = {row["key"]: row["parent"] for row in rows}
     assert parents == {keys[0]: None, keys[1]: keys[0], keys[2]: keys[1]}
     assert all(row["tokens"] == 16 for row in rows)
+    for row in rows:
+        place = pool.json("explain", "-n", space, row["key"])
+        assert isinstance(place, dict)
+        assert (place["node"], place["region"], place["block_index"]) == (row["node"], row["region"], row["block"])
 
     text = pool.run("ls", "-n", space, "--limit", "2")
     assert len(text.stdout.splitlines()) == 3
@@ -375,6 +379,17 @@ def test_delete_asks_and_refuses_what_is_in_use(pool: Up, space: str, put: Calla
     unknown = pool.run("namespace", "show", space)
     assert unknown.exit_code == 1
     assert f"'{space}'" in unknown.stderr
+
+
+def test_an_empty_namespace_that_was_used_is_deleted_without_force(
+    pool: Up, space: str, put: Callable[..., list[str]]
+) -> None:
+    """Commands leave no client behind."""
+    keys = put(os.urandom(2 * BLOCK))
+    get(pool, space, keys)
+    assert pool.run("rm", "-n", space, *keys).exit_code == 0
+    deleted = pool.run("namespace", "delete", space, "--yes")
+    assert deleted.exit_code == 0, deleted.stderr
 
 
 def test_namespace_list(pool: Up, space: str) -> None:
