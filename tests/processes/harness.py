@@ -48,7 +48,7 @@ def eventually(condition: Callable[[], Any], what: str, timeout_s: float = START
         time.sleep(0.02)
 
 
-class Ended(AssertionError):
+class EndedError(AssertionError):
     """A child ended, or did not answer, where an answer was needed."""
 
 
@@ -84,17 +84,17 @@ class Child:
         """The next event of that kind; others are dropped.
 
         Raises:
-            Ended: the child ended without it, or said nothing for too long.
+            EndedError: the child ended without it, or said nothing for too long.
         """
         end_s = time.monotonic() + timeout_s
         while True:
             try:
                 line = self._lines.get(timeout=max(0.01, end_s - time.monotonic()))
             except queue.Empty:
-                raise Ended(f"{self.name} (pid {self.pid}) did not say {event!r} in {timeout_s:.0f} s") from None
+                raise EndedError(f"{self.name} (pid {self.pid}) did not say {event!r} in {timeout_s:.0f} s") from None
             if line is None:
                 self._lines.put(None)
-                raise Ended(f"{self.name} (pid {self.pid}) ended with {self.process.wait(10)} before {event!r}")
+                raise EndedError(f"{self.name} (pid {self.pid}) ended with {self.process.wait(10)} before {event!r}")
             if line.get("event") == event:
                 return line
 
@@ -147,7 +147,7 @@ class Child:
         """SIGTERM; the exit status.
 
         Raises:
-            Ended: it did not end; it is killed then.
+            EndedError: it did not end; it is killed then.
         """
         if self.alive:
             if self.stopped:
@@ -157,7 +157,7 @@ class Child:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise Ended(f"{self.name} did not end within {timeout_s:.0f} s of SIGTERM") from None
+            raise EndedError(f"{self.name} did not end within {timeout_s:.0f} s of SIGTERM") from None
 
     def dismiss(self, timeout_s: float = START_S) -> int:
         """Have a client process close its client and end; the exit status."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from tests.processes.harness import Child, Ended, Pool
+from tests.processes.harness import Child, EndedError, Pool
 from tests.processes.records import judge
 
 
@@ -45,7 +45,7 @@ class Load:
         for name, child in self.workers.items():
             try:
                 report = child.wait_event("report", 150.0)
-            except Ended as error:
+            except EndedError as error:
                 raise AssertionError(f"{name} crashed or hung: {error}\n{child.log_tail()}") from None
             assert not report["wrong"], f"{name} got WRONG BYTES: {report['wrong']}"
             slowest = max(total["slowest_ms"], report["counts"].pop("slowest_ms", 0))

@@ -66,7 +66,11 @@ def check(key_id: int, block: npt.NDArray[np.uint8]) -> tuple[int, str]:
     return nonce, ""
 
 
-def words_of(key_id: int, nonce: int, block: npt.NDArray[np.uint8]) -> int:
-    """How many words in a block are those that this attempt would have written there."""
-    expected = fill(key_id, nonce, len(block))
-    return int((block == expected).reshape(-1, WORD_BYTES).all(axis=1).sum())
+def trace_of(ids: list[int], nonce: int, blocks: list[npt.NDArray[np.uint8]]) -> int:
+    """How many words in these blocks, beyond their heads, are those that this attempt would have written there."""
+    words = 0
+    found = [block.view(np.uint64)[_HEAD_WORDS:] for block in blocks]
+    for key_id in ids:
+        expected = fill(key_id, nonce, len(blocks[0])).view(np.uint64)[_HEAD_WORDS:]
+        words += sum(int((block == expected).sum()) for block in found)
+    return words

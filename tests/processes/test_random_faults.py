@@ -91,7 +91,12 @@ def test_random_faults(tmp_path: Path, fault_seed: int, fault_seconds: float) ->
         "python -m pytest tests/processes/test_random_faults.py"
     )
     with Pool(
-        tmp_path, spec, heartbeat_ns=200 * MS, dead_ns=int(DEAD_S * 1e9), session_ttl_ns=2000 * MS, quarantine_ns=200 * MS
+        tmp_path,
+        spec,
+        heartbeat_ns=200 * MS,
+        dead_ns=int(DEAD_S * 1e9),
+        session_ttl_ns=2000 * MS,
+        quarantine_ns=200 * MS,
     ) as pool:
         for name in ("a", "b"):
             pool.start_node(name, 2 * MIB, MIB)

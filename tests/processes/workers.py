@@ -21,6 +21,10 @@ import numpy as np
 
 import memfabric
 from memfabric.client import GetStatus, PutStatus
+from memfabric.client.buffers import resolve
+from memfabric.client.copying import write_headers, write_payload
+from memfabric.core.keys import BlockKeys
+from memfabric.core.layout import BlockState
 from memfabric.core.messages import Commit, NamespaceSpec
 from memfabric.errors import MemfabricError, OutcomeUnknownError, RefusedError, UnavailableError
 from tests.processes import payload
@@ -295,6 +299,19 @@ class Puppet(Worker):
             "message": result.message,
         }
 
+    def do_read_on(self, chain: int, count: int) -> Any:
+        """Read the same blocks, mostly without asking, until the next command comes."""
+        nonces: set[int] = set()
+        statuses: Counter[str] = Counter()
+        while not told_to_stop():
+            got = self.do_get(chain, count, leased=self.random.random() < 0.1)
+            nonces.update(nonce for nonce in got["nonces"] if nonce)
+            statuses.update(GetStatus(status).name for status in got["status"])
+        return {"nonces": sorted(nonces), "statuses": dict(statuses), "wrong": self.wrong}
+
+    def do_enough(self) -> Any:
+        return {}
+
     def do_acquire(self, chain: int, count: int, ttl_s: float) -> Any:
         self.ids, keys = payload.chain(chain, count)
         self.lease = self.client.acquire(keys, ttl_s=ttl_s)
@@ -360,40 +377,33 @@ class Puppet(Worker):
 
         This is a writer that was stopped between its look at the clock and the copy: all of it lands late.
         """
-        transport, original = self.client._engine.transport, self.client._engine.transport.write
-        block_bytes = self.spec.block_bytes
+        engine, segments = self.client._engine, self.spec.segments
+        self.transport = transport = engine.transport
 
         class Late:
             def __getattr__(self, name: str) -> Any:
                 return getattr(transport, name)
 
             def write(self, batch: Any, deadline_ns: int = 0, threads: int = 0) -> int:
-                kind = "payload" if int(batch.length.max()) * self_segments >= block_bytes else "header"
-                if kind == stop_before or stop_before == "any":
+                is_header = int(batch.length.max()) < engine.shape.block_bytes // segments
+                if is_header == (stop_before == "header"):
                     os.kill(os.getpid(), signal.SIGSTOP)
-                return original(batch, 0, threads)
+                return transport.write(batch, 0, threads)
 
-        self_segments = self.spec.segments
-        self.client._engine.transport = Late()
+        engine.transport = Late()
         return {}
 
     def do_late_complete(self) -> Any:
-        """Write payload and COMPLETE headers of the open reservation, deadlines or not."""
-        from memfabric.client.copying import write_headers, write_payload
-        from memfabric.client.memory import BlockShape  # noqa: F401  # the shape's module must be there
-        from memfabric.core.layout import BlockState
-
+        """Write payload and COMPLETE headers of the open reservation now, whatever the time is."""
         held, engine = self.lease._held, self.client._engine
-        from memfabric.client.buffers import resolve
-
+        engine.transport = self.transport
         memory = resolve(self.blocks, len(self.ids), engine.shape, writable=False)
         total = 0
         for start, reservation in held.reservations:
             at, place = held._reachable(start, reservation)
-            some = type(held.keys)(held.keys.keys[at], held.keys.parents[at])
+            some = BlockKeys(held.keys.keys[at], held.keys.parents[at])
             copied = write_payload(engine, place, memory.select(at), 0)
-            ended = write_headers(engine, some, place, held.tokens[at], BlockState.COMPLETE, copied.digests, 0)
-            total += ended.good
+            total += write_headers(engine, some, place, held.tokens[at], BlockState.COMPLETE, copied.digests, 0).good
         return {"written": total}
 
     def do_stats(self) -> Any:
