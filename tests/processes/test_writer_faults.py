@@ -178,16 +178,17 @@ def test_writer_frozen_inside_the_copy(tmp_path: Path, fault_seed: int) -> None:
         pool.start_node("a", _exact_memory(LARGE, BLOCKS))
         pool.wait_nodes("a")
         late, other, reader = pool.puppet("late"), pool.puppet("other"), pool.puppet("reader")
-        end_s = time.monotonic() + 20.0
-        while landed < 6 and rounds < 200 and (time.monotonic() < end_s or not landed):
+        assert late.ask("reserve", chain=1, count=BLOCKS, ttl_s=20.0)["granted"] == [True] * BLOCKS
+        copy_s = min(late.ask("write")["seconds"] for _ in range(5))
+        late.ask("abort")
+        end_s = time.monotonic() + 15.0
+        while landed < 5 and rounds < 200 and (time.monotonic() < end_s or not landed):
             rounds += 1
             mine, theirs = 100 + rounds, 1100 + rounds
             reserved = late.ask("reserve", chain=mine, count=BLOCKS, ttl_s=0.3)
             assert reserved["ok"] and reserved["granted"] == [True] * BLOCKS, reserved
-            late.say(op="write", announce=True)
-            late.wait_event("writing")
-            time.sleep(pick.uniform(0.0, 0.006))
-            late.freeze()
+            late.say(op="write", freeze_after_s=pick.uniform(0.0, copy_s))
+            late.wait_frozen()
             nonce = _reuse(other, theirs)
             ids, _ = payload.chain(mine, BLOCKS)
             assert _landed(pool, ids, reserved["nonce"]) == 0, "the other writer has overwritten everything"

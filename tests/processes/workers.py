@@ -13,6 +13,7 @@ import random
 import select
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from typing import Any
@@ -340,14 +341,21 @@ class Puppet(Worker):
             "message": self.lease.message,
         }
 
-    def do_write(self, first: int = 0, last: int | None = None, announce: bool = False) -> Any:
-        """Write segments ``first … last``; `announce`: say so just before, so that the parent can strike."""
+    def do_write(self, first: int = 0, last: int | None = None, freeze_after_s: float | None = None) -> Any:
+        """Write segments ``first … last``; a thread stops this process so long after the copy began."""
         last = self.spec.segments if last is None else last
         size = self.spec.block_bytes // self.spec.segments
         part = np.ascontiguousarray(self.blocks[:, first * size : last * size])
-        if announce:
-            say(event="writing")
-        return {"written": self.lease.write(part, segments=slice(first, last))}
+
+        def freeze() -> None:
+            time.sleep(freeze_after_s or 0.0)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+        if freeze_after_s is not None:
+            threading.Thread(target=freeze, daemon=True).start()
+        begun_s = time.monotonic()
+        written = self.lease.write(part, segments=slice(first, last))
+        return {"written": written, "seconds": time.monotonic() - begun_s}
 
     def do_commit(self) -> Any:
         result = self.lease.commit()
