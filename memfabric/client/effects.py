@@ -60,6 +60,9 @@ class Submits(Protocol):
     def submit(self, body: Body, deadline_ns: int) -> Future[Answer]:
         """Send; the future ends at the deadline at the latest."""
 
+    def discard(self, future: Future[Answer]) -> None:
+        """The future is no longer waited for; what its answer grants is given back."""
+
 
 def run(operation: Operation[T], link: Submits) -> T:
     """Carry an operation out in the calling thread."""
@@ -76,18 +79,29 @@ def run(operation: Operation[T], link: Submits) -> T:
             if isinstance(effect, Work):
                 value = effect.function()
             elif isinstance(effect, Rpc):
-                value = _wait(link.submit(effect.body, effect.deadline_ns))
+                value = _wait(effect, link)
             else:
                 time.sleep(effect.duration_ns / 1e9)
         except BaseException as raised:  # noqa: BLE001  # the operation decides
             error = raised
 
 
-def _wait(future: Future[Answer]) -> Answer:
+def _wait(effect: Rpc, link: Submits) -> Answer:
+    future = link.submit(effect.body, effect.deadline_ns)
     try:
         return future.result()
-    finally:
-        future.cancel()  # interrupted: a lease that the answer carries must not stay
+    except BaseException:  # the answer's own error, or KeyboardInterrupt
+        link.discard(future)
+        raise
+
+
+async def _wait_async(effect: Rpc, link: Submits) -> Answer:
+    future = link.submit(effect.body, effect.deadline_ns)
+    try:
+        return await asyncio.wrap_future(future)
+    except BaseException:  # cancelled: the answer may be there already, and nobody will look at it
+        link.discard(future)
+        raise
 
 
 async def run_async(operation: Operation[T], link: Submits, executor: Executor) -> T:
@@ -110,7 +124,7 @@ async def run_async(operation: Operation[T], link: Submits, executor: Executor) 
             if isinstance(effect, Work):
                 value = await _work(effect, executor)
             elif isinstance(effect, Rpc):
-                value = await asyncio.wrap_future(link.submit(effect.body, effect.deadline_ns))
+                value = await _wait_async(effect, link)
             else:
                 await asyncio.sleep(effect.duration_ns / 1e9)
         except BaseException as raised:  # noqa: BLE001  # the operation decides

@@ -294,6 +294,8 @@ class HeldWrite(Held):
         whole = self.written[positions].all(axis=1)
         done = np.zeros(len(positions), np.bool_)
         pick = np.nonzero(whole)[0]
+        if len(pick) < reservation.reachable.sum():
+            self.message = self.message or "some blocks were not written whole and were given back"
         self.status[positions[reservation.reachable]] = PutStatus.LOST
         if len(pick):
             at = positions[pick]

@@ -113,7 +113,7 @@ class Link:
     def submit(self, body: Body, deadline_ns: int) -> Future[Answer]:
         """Send a request; the future ends at the deadline at the latest, with a definite outcome.
 
-        Cancelling the future gives up a lease that the answer carries.
+        A future that is no longer waited for must be given to `discard`.
 
         Raises (from the future):
             RefusedError: not applied. UnavailableError: not applied, or a read. OutcomeUnknownError: unknown.
@@ -136,6 +136,16 @@ class Link:
         future.add_done_callback(lambda done: self._cancel(call) if done.cancelled() else None)
         self._hand_over(lambda now_ns: self._session.submit(call, now_ns))
         return future
+
+    def discard(self, future: Future[Answer]) -> None:
+        """The caller was interrupted while it waited: a lease that came or still comes is given back."""
+
+        def give_back(done: Future[Answer]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                self._give_back(done.result())
+
+        if not future.cancel():
+            future.add_done_callback(give_back)
 
     def post(self, body: Body, deadline_ns: int) -> None:
         """Send a request whose answer nobody waits for."""
@@ -204,8 +214,7 @@ class Link:
         lease = getattr(answer.body, "lease", 0)
         if lease:
             body: Body = Release(leases=[lease]) if isinstance(answer.body, Acquired) else Abort(lease=lease)
-            self._commands.append(lambda now_ns: self._session.submit(Call(body, now_ns + IDLE_WAIT_NS), now_ns))
-            self._notify()
+            self.post(body, time.monotonic_ns() + IDLE_WAIT_NS)
 
     # --- the thread ---
 
@@ -265,12 +274,13 @@ class Link:
             if outgoing is None:
                 return False
             call, frame = outgoing
+            now_ns = time.monotonic_ns()  # before it leaves: a lease in the answer counts from here
             try:
                 self._requests.send(frame, zmq.NOBLOCK)
             except zmq.Again:
                 self._session.unsent(call)
                 return True
-            self._session.sent(call, time.monotonic_ns())
+            self._session.sent(call, now_ns)
         return False
 
     def _receive(self) -> None:

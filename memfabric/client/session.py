@@ -77,7 +77,7 @@ class Session:
         self.epoch = 0
         self.session_ttl_ns = 0
         self.refusal: MemfabricError | None = None
-        self.counts = {"requests": 0, "resends": 0, "attaches": 0, "bad_frames": 0, "leases_given_back": 0}
+        self.counts = {"requests": 0, "pings": 0, "resends": 0, "attaches": 0, "bad_frames": 0, "leases_given_back": 0}
         self._sequence = 0
         self._attach_sequence = 0
         self._attach_at_ns = 0
@@ -130,7 +130,9 @@ class Session:
     def sent(self, call: Call, now_ns: int) -> None:
         """A frame has left."""
         call.sends += 1
-        if call.sends == 1:
+        if isinstance(call.body, Ping):
+            self.counts["pings"] += 1
+        elif call.sends == 1:
             call.sent_ns = now_ns
             self.counts["requests"] += 1
         else:

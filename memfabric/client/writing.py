@@ -125,9 +125,8 @@ def put(
             break
         open_ = np.isin(status[todo], (PutStatus.PENDING, PutStatus.NO_SPACE, PutStatus.QUOTA))
         todo = todo[open_]
-        hopeless = retry_ns == 0 and not (status[todo] == PutStatus.PENDING).any()
         left_ns = deadline_ns - time.monotonic_ns()
-        if not wait or not len(todo) or hopeless or left_ns <= 0:
+        if not wait or not len(todo) or left_ns <= 0:
             break
         waited = True
         yield Pause(min(max(retry_ns, pause_ns), left_ns, MAX_PAUSE_NS))
