@@ -29,9 +29,15 @@ uint64_t now_ns() {
 
 #if MF_X86
 // Copies without a digest. A first unaligned vector brings dst to a line boundary; then whole lines; memcpy does the
-// rest. glibc's memcpy is as fast when both sides are page aligned, but loses up to half (rep movsb) when they
-// differ in alignment, as numpy's big arrays do, and never streams below some MiB per call.
+// rest. glibc's memcpy is 1.05 times as fast when both sides lie alike in their lines (`alike`), but loses up to half
+// (rep movsb) when they don't, as numpy's big arrays do, and never streams below some MiB per call. Going through both
+// halves of an operation at once gains as much where blocks are scattered and loses a quarter where they follow each
+// other, as the blocks of a chain do.
 // Source: measured as in default_stream_bytes().
+inline bool alike(const uint8_t* dst, const uint8_t* src) {
+    return ((reinterpret_cast<uintptr_t>(dst) ^ reinterpret_cast<uintptr_t>(src)) & 63) == 0;
+}
+
 template <bool streaming>
 __attribute__((target("avx512f"))) void copy_avx512(uint8_t* dst, const uint8_t* src, size_t bytes) {
     const size_t head = (64 - reinterpret_cast<uintptr_t>(dst) % 64) % 64;
@@ -163,7 +169,7 @@ public:
             } else if constexpr (direction != Direction::hash) {
                 if (streaming)
                     copy_streaming(now.dst, now.src, bytes);
-                else if (bytes >= kStreamOperation)
+                else if (bytes >= kStreamOperation && !alike(now.dst, now.src))
                     copy(now.dst, now.src, bytes);
                 else if (bytes != 0)
                     std::memcpy(now.dst, now.src, bytes);
