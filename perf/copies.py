@@ -18,7 +18,7 @@ import numpy as np
 
 from memfabric import BlockKeys, Client
 from perf.blocks import Bytes, FreshKeys, Memcpy, aligned, enter_pages, fill, limit_of
-from perf.plan import Plan
+from perf.plan import LANES, Plan
 from perf.pool import BenchPool
 from perf.timing import Samples, ratio, summary, take_turns, timed
 
@@ -64,16 +64,16 @@ class Workload:
         _check(result.ok, f"put: {result.message}")
         return keys
 
-    def pick(self, lane: int, lanes: int) -> Callable[[int], int]:
+    def pick(self, lane: int) -> Callable[[int], int]:
         """Which batch an action takes in a turn: all in turn, each action as far from the others as it goes."""
         count = len(self.buffers)
-        start = lane * count // lanes
+        start = lane * count // LANES
         return lambda turn: (turn + start) % count
 
 
 def measure(pool: BenchPool, plan: Plan, tell: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
     """The whole grid: ``get`` and ``put``, one record for each combination."""
-    memory = aligned(max(plan.working_set_bytes, *(size * batch for size, batch in plan.combinations())))
+    memory = aligned(max(size * batch * plan.set_count(size, batch) for size, batch in plan.combinations()))
     fill(memory, seed=1)
     fresh = FreshKeys(seed=2)
     gets, puts = [], []
@@ -118,12 +118,11 @@ def _measure_gets(pool: BenchPool, plan: Plan, name: str, work: Workload) -> dic
             client.prefetch(everything)
             enter_pages(client, writable=False)
         limits = work.limits(first)
-        lanes = 3 * len(THREADS)
         for at, threads in enumerate(THREADS):
-            actions[f"memcpy/{threads}"] = _copy_in_turn(limits, work.pick(3 * at, lanes), THREADS[threads])
+            actions[f"memcpy/{threads}"] = _copy_in_turn(limits, work.pick(3 * at), THREADS[threads])
             for shift, verify in ((1, False), (2, True)):
                 label = f"{'verify_on' if verify else 'verify_off'}/{threads}"
-                actions[label] = _get_in_turn(clients[verify, threads], work, work.pick(3 * at + shift, lanes))
+                actions[label] = _get_in_turn(clients[verify, threads], work, work.pick(3 * at + shift))
         begin_s, busy_s = time.monotonic(), pool.node_cpu_s()
         samples = take_turns(actions, plan.combination_s, LEAST_TURNS, MOST_TURNS, warm_turns=_warm(plan, work))
         node = {"elapsed_s": time.monotonic() - begin_s, "cpu_s": pool.node_cpu_s() - busy_s}
@@ -227,13 +226,12 @@ def _measure_puts(pool: BenchPool, plan: Plan, name: str, work: Workload, fresh:
         putter.fill()
         for client in clients.values():
             enter_pages(client, writable=True)
-        lanes = 3 * len(THREADS)
         actions: dict[str, Callable[[int], int]] = {}
         for at, threads in enumerate(THREADS):
             client = clients[threads]
-            actions[f"memcpy/{threads}"] = putter.copy(work.pick(3 * at, lanes), THREADS[threads])
-            actions[f"put/{threads}"] = putter.put(client, work.pick(3 * at + 1, lanes))
-            actions[f"write/{threads}"] = putter.split(client, work.pick(3 * at + 2, lanes), threads)
+            actions[f"memcpy/{threads}"] = putter.copy(work.pick(3 * at), THREADS[threads])
+            actions[f"put/{threads}"] = putter.put(client, work.pick(3 * at + 1))
+            actions[f"write/{threads}"] = putter.split(client, work.pick(3 * at + 2), threads)
         samples = take_turns(actions, plan.combination_s, LEAST_TURNS, MOST_TURNS, warm_turns=_warm(plan, work))
         kept = len(samples["memcpy/one"])
         for threads, steps in putter.splits.items():

@@ -16,6 +16,8 @@ PAYLOAD_BYTES = GIB
 WORKING_SET_BYTES = 64 * MIB
 """Batches are taken in turn from at least this much, so that blocks come from memory and not from a cache."""
 MOST_SETS = 2048
+LANES = 6
+"""Actions that take turns in `copies`."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,11 @@ class Plan:
         ]
 
     def set_count(self, block_bytes: int, batch: int) -> int:
-        """Batches that are taken in turn."""
-        return min(MOST_SETS, max(1, self.working_set_bytes // (block_bytes * batch)))
+        """Batches that are taken in turn: enough to outgrow the caches, and where there is room one for each of the
+        actions that are compared."""
+        size = block_bytes * batch
+        wanted = max(self.working_set_bytes // size, min(LANES, self.payload_bytes // size))
+        return min(MOST_SETS, max(1, wanted))
 
 
 def full(directory: Path) -> Plan:

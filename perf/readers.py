@@ -31,7 +31,7 @@ def measure(pool: BenchPool, plan: Plan, tell: Callable[[str], None]) -> list[di
     for block_bytes, batch in plan.reader_shapes:
         name = f"readers-{block_bytes}-{batch}"
         pool.create(name, block_bytes)
-        memory = aligned(max(plan.working_set_bytes, block_bytes * batch))
+        memory = aligned(plan.set_count(block_bytes, batch) * block_bytes * batch)
         fill(memory, seed=5)
         work = Workload.make(plan, block_bytes, batch, memory, FreshKeys(seed=6))
         with pool.connect(name) as client:
