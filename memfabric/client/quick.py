@@ -1,6 +1,6 @@
-"""Small reads of known places, with as little Python as possible.
+"""Reads of known places with as little Python as possible.
 
-The same reading and checking as `copying.read_blocks`, for the case that matters most: a few blocks, all of
+The same reading and checking as `copying.read_blocks`, for the case that matters most: some blocks, all of
 known places, into one contiguous buffer. Everything is allocated once per thread and batch size. Whatever is
 not this case, and every read that does not verify, is left to `reading.get`, which starts over and says what
 is wrong.
@@ -19,9 +19,11 @@ from memfabric.client.results import StatusColumn
 from memfabric.core.keys import KeyArray
 from transport.base import Batch, TransportError
 
-MAX_BLOCKS = 32
-MAX_BYTES = 4 << 20
-"""Larger reads want deadlines between their operations."""
+MAX_BLOCKS = 1024
+MAX_OPERATIONS = 8192
+"""Payload and header operations of one batch; about 60 bytes each are kept."""
+MAX_PREPARED = 16
+"""Batch sizes kept per thread."""
 
 _OK = np.ones(MAX_BLOCKS, np.uint8)
 """`GetStatus.OK` for every block."""
@@ -65,23 +67,26 @@ class Quick(threading.local):
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._most = min(MAX_BLOCKS, MAX_BYTES // engine.shape.block_bytes)
+        self._most = min(MAX_BLOCKS, MAX_OPERATIONS // (engine.shape.segments + 1))
         self._prepared: dict[int, _Prepared] = {}
 
-    def get(self, keys: KeyArray, out: Any) -> StatusColumn | None:
+    def get(self, keys: KeyArray, out: Any, deadline_ns: int) -> StatusColumn | None:
         """Read all blocks, or None: then nothing is known, and `out` may have been written to."""
         n = len(keys)
         prepared = self._prepared.get(n)
         if prepared is None:
             if not 0 < n <= self._most:
                 return None
+            if len(self._prepared) >= MAX_PREPARED:
+                self._prepared.clear()
             prepared = self._prepared[n] = _Prepared(self._engine, n)
         engine = self._engine
         if not prepared.reader.prepare(keys, out, engine.regions.table(False)):
             return None
         try:
             for batch in prepared.batches:
-                engine.transport.read(batch, 0, engine.settings.copy_threads)
+                if engine.transport.read(batch, deadline_ns, engine.settings.copy_threads) < len(batch):
+                    return None  # too late
         except TransportError:
             return None  # a region went away this moment
         return _OK[:n].copy() if prepared.reader.check() else None

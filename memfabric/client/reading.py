@@ -33,6 +33,7 @@ from memfabric.core.messages import (
     Remove,
     Removed,
     ReportFailure,
+    Reserved,
     ViewReply,
 )
 from memfabric.errors import MemfabricError
@@ -154,7 +155,7 @@ def acquire(engine: Engine, keys: KeyArray, ttl_ns: int, deadline_ns: int, prefi
     try:
         mask = columns(reply.status, np.uint8, len(keys)) == AcquireStatus.GRANTED
         at = np.nonzero(mask)[0]
-        place = yield from locate(engine, reply.region, reply.block, reply.generation, len(keys), at, deadline_ns)
+        place = yield from locate(engine, reply, answer.epoch, len(keys), at, deadline_ns)
     except BaseException:
         if reply.lease:
             engine.give_back(reply.lease, writing=False)
@@ -163,16 +164,17 @@ def acquire(engine: Engine, keys: KeyArray, ttl_ns: int, deadline_ns: int, prefi
 
 
 def locate(
-    engine: Engine, region: bytes, block: bytes, generation: bytes, count: int, at: Positions, deadline_ns: int
+    engine: Engine, reply: Acquired | Reserved, epoch: int, count: int, at: Positions, deadline_ns: int
 ) -> Operation[Place]:
     """Places from a reply's columns; asks for the view when a region's number is new."""
-    numbers = columns(region, np.uint32, count)[at]
-    slots = engine.regions.slots_of(numbers)
+    numbers = columns(reply.region, np.uint32, count)[at]
+    slots = engine.regions.slots_of(numbers, epoch)
     if len(slots) and slots.min() < 0:
-        reply, _ = yield from engine.call(GetView(), ViewReply, deadline_ns)
-        engine.on_view(reply.view)
-        slots = engine.regions.slots_of(numbers)
-    return Place(slots, columns(block, np.uint32, count)[at], columns(generation, np.uint64, count)[at])
+        view, _ = yield from engine.call(GetView(), ViewReply, deadline_ns)
+        engine.on_view(view.view)
+        slots = engine.regions.slots_of(numbers, epoch)
+    block, generation = columns(reply.block, np.uint32, count), columns(reply.generation, np.uint64, count)
+    return Place(slots, block[at], generation[at])
 
 
 def columns(raw: bytes, dtype: Any, count: int) -> npt.NDArray[Any]:

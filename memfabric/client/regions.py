@@ -34,6 +34,15 @@ class _Known:
     error: str = ""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Numbering:
+    """The server's numbers of regions, in one epoch: rising, with the slot of each."""
+
+    epoch: int
+    numbers: npt.NDArray[np.uint32]
+    slots: Slots
+
+
 def _identity(view: RegionView) -> tuple[str, int, int, int, int, int, bytes]:
     return (
         view.node,
@@ -56,8 +65,7 @@ class Regions:
         self._known: list[_Known] = []
         self._live: dict[tuple[str, int, int, int, int, int, bytes], int] = {}
         self._tables: dict[bool, RegionTable] = {w: np.zeros((0, 3), np.int64) for w in (False, True)}
-        self._numbers = np.zeros(0, np.uint32)
-        self._number_slots = np.zeros(0, np.int32)
+        self._numbering = _Numbering(-1, np.zeros(0, np.uint32), np.zeros(0, np.int32))
         self._version = (-1, -1)
         self._closed = False
 
@@ -87,20 +95,23 @@ class Regions:
             for key, region in seen.items():
                 if key not in self._live:
                     self._live[key] = self._add(region)
-            self._renumber([(region.number, self._live[key]) for key, region in seen.items()])
+            self._renumber(view.epoch, [(region.number, self._live[key]) for key, region in seen.items()])
             dropped = self._unmap(gone)
         for handle in dropped:
             self._transport.disconnect(handle)
         return np.array(gone, np.int32)
 
-    def slots_of(self, numbers: npt.NDArray[np.uint32]) -> Slots:
-        """Slots of the server's region numbers; -1 for numbers that the current view does not have."""
-        known, slots = self._numbers, self._number_slots
-        if not len(known):
+    def slots_of(self, numbers: npt.NDArray[np.uint32], epoch: int) -> Slots:
+        """Slots of region numbers that a server of some epoch gave; -1 for those that the current view does not have.
+
+        Numbers of another epoch mean other regions: none of them is known.
+        """
+        now = self._numbering
+        if now.epoch != epoch or not len(now.numbers):
             return np.full(len(numbers), -1, np.int32)
-        at = np.searchsorted(known, numbers)
-        at[at == len(known)] = 0
-        found: Slots = np.where(known[at] == numbers, slots[at], np.int32(-1)).astype(np.int32)
+        at = np.searchsorted(now.numbers, numbers)
+        at[at == len(now.numbers)] = 0
+        found: Slots = np.where(now.numbers[at] == numbers, now.slots[at], np.int32(-1)).astype(np.int32)
         return found
 
     def map(self, slots: Slots, writable: bool) -> npt.NDArray[np.bool_]:
@@ -164,10 +175,10 @@ class Regions:
             self._tables[writable] = np.vstack([table, np.array([row], np.int64)])
         return len(self._known) - 1
 
-    def _renumber(self, pairs: list[tuple[int, int]]) -> None:
+    def _renumber(self, epoch: int, pairs: list[tuple[int, int]]) -> None:
         pairs = sorted(pair for pair in pairs if 0 <= pair[0] < 1 << 32)
-        self._number_slots = np.array([slot for _, slot in pairs], np.int32)
-        self._numbers = np.array([number for number, _ in pairs], np.uint32)
+        numbers = np.array([number for number, _ in pairs], np.uint32)
+        self._numbering = _Numbering(epoch, numbers, np.array([slot for _, slot in pairs], np.int32))
 
     def _unmap(self, slots: list[int]) -> list[int]:
         dropped = []

@@ -29,6 +29,7 @@ from memfabric.core.messages import (
     Attached,
     Body,
     Commit,
+    Detach,
     NamespaceCreate,
     NamespaceDelete,
     NodeDrain,
@@ -59,7 +60,7 @@ PING_NS = 1_000_000_000
 ATTACH_RETRY_NS = 200_000_000
 REMEMBERED_ABANDONED = 1024
 
-_BOUND_TO_LEASE = (Commit, Abort, Renew, Release)
+_BOUND_TO_LEASE = (Commit, Abort, Renew, Release, Detach)
 _CHANGES = (Commit, Remove, NamespaceCreate, NamespaceDelete, NodeDrain)
 """Requests whose loss after sending leaves the pool in one of two states. A lost Reserve or Acquire ends by
 itself."""

@@ -138,12 +138,13 @@ class Client:
         array = key_array(keys)
         if out is None:
             out = new_output(len(array), engine.shape, engine.shape.segments)
-        if not leased:
-            status = self._quick.get(array, out)
+        deadline_ns = engine.deadline_ns(timeout_s)
+        if not leased and isinstance(out, np.ndarray):  # other buffers could be resized under a quick read
+            status = self._quick.get(array, out, deadline_ns)
             if status is not None:
                 return GetResult(status, out, len(array) * engine.shape.block_bytes, len(array))
         memory = resolve(out, len(array), engine.shape, writable=True)
-        return run(reading.get(engine, array, memory, out, leased, engine.deadline_ns(timeout_s)), engine.link)
+        return run(reading.get(engine, array, memory, out, leased, deadline_ns), engine.link)
 
     def put(
         self,

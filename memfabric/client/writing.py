@@ -75,7 +75,7 @@ def reserve(engine: Engine, keys: BlockKeys, tokens: Tokens, ttl_ns: int, deadli
     try:
         status = columns(reply.status, np.uint8, n).copy()  # the codes of ReserveStatus and PutStatus agree up to QUOTA
         granted = np.nonzero(status == ReserveStatus.GRANTED)[0]
-        place = yield from locate(engine, reply.region, reply.block, reply.generation, n, granted, deadline_ns)
+        place = yield from locate(engine, reply, answer.epoch, n, granted, deadline_ns)
         reachable = usable(engine, place, writable=True)
         message = reply.message
         if not reachable.all():

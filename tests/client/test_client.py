@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import threading
 import time
 import weakref
 from typing import Any
@@ -470,3 +471,51 @@ def test_administration(pool: ThreadPool) -> None:
         assert pool.address in repr(admin)
     with pytest.raises(UsageError, match="closed"):
         admin.status()
+
+
+def test_one_client_in_many_threads(client: memfabric.Client) -> None:
+    failures: list[str] = []
+
+    def work(seed: int) -> None:
+        out = np.zeros((6, BLOCK_BYTES), np.uint8)
+        for round_ in range(15):
+            keys, data = client.block_keys(tokens(6, 100 * seed + round_)), blocks(6, 100 * seed + round_)
+            if not client.put(keys, data).ok:
+                failures.append("put")
+            for leased in (False, True, False):
+                out[:] = 0
+                if not client.get(keys, out, leased=leased).ok or not np.array_equal(out, data):
+                    failures.append("get")
+            with client.acquire(keys) as lease:
+                if not np.array_equal(lease.read().out, data):
+                    failures.append("read")
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert client.stats()["gets"] == 4 * 15 * 4
+
+
+def test_torch_tensors(client: memfabric.Client) -> None:
+    torch = pytest.importorskip("torch")
+    keys = client.block_keys(tokens(3))
+    data = torch.arange(3 * BLOCK_BYTES // 2, dtype=torch.int16).view(torch.bfloat16).reshape(3, 2, -1)
+    assert client.put(keys, data).ok
+    out = torch.zeros_like(data)
+    assert client.get(keys, out).ok and torch.equal(out.view(torch.int16), data.view(torch.int16))
+    assert client.get(keys, list(torch.zeros_like(data))).ok
+    with pytest.raises(UsageError, match="not C-contiguous"):
+        client.get(keys, torch.zeros(3, BLOCK_BYTES, 2, dtype=torch.uint8)[..., 0])
+    with pytest.raises(UsageError, match="tensor on meta"):
+        client.get(keys, torch.zeros(3, BLOCK_BYTES, dtype=torch.uint8, device="meta"))
+
+
+def test_numbers_of_another_epoch_are_other_regions(client: memfabric.Client) -> None:
+    client.put(client.block_keys(tokens(2)), blocks(2))
+    regions, epoch = client._engine.regions, client.stats()["epoch"]
+    numbers = np.arange(100, dtype=np.uint32)
+    assert (regions.slots_of(numbers, epoch) >= 0).sum() == len(regions)
+    assert (regions.slots_of(numbers, epoch + 1) == -1).all()
