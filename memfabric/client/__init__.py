@@ -6,6 +6,7 @@ nodes and namespaces. Importing this starts nothing and reads no environment.
 
 from memfabric.client.admin import AdminClient
 from memfabric.client.aio import AsyncClient, AsyncReadLease, AsyncWriteLease, connect_async
+from memfabric.client.handles import ReadLease, WriteLease
 from memfabric.client.listing import BlockPage
 from memfabric.client.memory import PagedBlocks, PagedLayout
 from memfabric.client.results import (
@@ -18,7 +19,7 @@ from memfabric.client.results import (
     RemoveResult,
     RemoveStatus,
 )
-from memfabric.client.sync import Client, ReadLease, WriteLease, connect
+from memfabric.client.sync import Client, connect
 
 __all__ = [
     "AdminClient",

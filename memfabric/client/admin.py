@@ -7,8 +7,9 @@ import time
 from types import TracebackType
 from typing import Any, TypeVar
 
+from memfabric.client.address import server_address
 from memfabric.client.link import open_link
-from memfabric.client.options import client_name, server_address
+from memfabric.client.options import client_name
 from memfabric.core.messages import (
     Attach,
     Attached,

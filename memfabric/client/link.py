@@ -15,11 +15,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError  # the built-in one only from 3.11 on
 from typing import Protocol
-from urllib.parse import urlsplit
 
 import zmq
 
 from memfabric import wire
+from memfabric.client.address import check_address, reachable
 from memfabric.client.calls import Answer, Call, Opened
 from memfabric.client.session import Session
 from memfabric.core.messages import (
@@ -60,23 +60,6 @@ class Listener(Protocol):
 
     def take_touched(self) -> bytes:
         """Keys of reads that the server has not heard of; taken once."""
-
-
-def check_address(address: str) -> None:
-    """Refuse what ZeroMQ would not understand.
-
-    Raises:
-        UsageError: with an example.
-    """
-    if address.startswith("ipc://") and len(address) > len("ipc://"):
-        return
-    try:
-        parts = urlsplit(address)
-        if parts.scheme == "tcp" and parts.hostname and parts.port and not parts.path:
-            return
-    except ValueError:
-        pass
-    raise UsageError(f"address {address!r} is not understood; use tcp://HOST:PORT, for example tcp://127.0.0.1:7170")
 
 
 class Link:
@@ -169,7 +152,8 @@ class Link:
         return self._session.epoch
 
     def detach(self, timeout_s: float = GOODBYE_S) -> None:
-        """End the session and all its leases at the server. The caller has made sure that nothing is being written.
+        """End the session and all its leases at the server. The caller has made sure that nothing is being
+        written.
 
         When the server does not answer in time, the session ends there by silence.
         """
@@ -350,7 +334,7 @@ class Link:
         for topic in self._topics:
             events.set(zmq.SUBSCRIBE, topic)
         try:
-            events.connect(_reachable(address, self.address))
+            events.connect(reachable(address, self.address))
         except zmq.ZMQError:
             events.close(linger=0)  # an address that is none: views are asked for instead
             return
@@ -399,14 +383,6 @@ def open_link(address: str, attach: Attach, listener: Listener, timeout_s: float
     except BaseException:
         link.close()
         raise
-
-
-def _reachable(events: str, server: str) -> str:
-    """The events address as seen from here: a server bound to all interfaces names none of them."""
-    for wildcard in ("tcp://0.0.0.0:", "tcp://[::]:"):
-        if events.startswith(wildcard) and server.startswith("tcp://"):
-            return f"{server.rpartition(':')[0]}:{events.rpartition(':')[2]}"
-    return events
 
 
 def _nonce() -> bytes:

@@ -255,8 +255,8 @@ class PagedLayout:
 
 
 def _id_range(fragments: Int64s) -> tuple[int, int]:
-    """Block ids from 0 on for which base + id × stride … + bytes stays in [low, high) for all fragments; exact
-    integers."""
+    """Block ids from 0 on for which base + id × stride … + bytes stays in [low, high) for all fragments;
+    exact integers."""
     least, most = 0, 1 << 62
     for base, stride, size, _, low, high in fragments.tolist():
         below, above = low - base, high - size - base  # id × stride must lie in [below, above]

@@ -5,22 +5,16 @@ from __future__ import annotations
 import os
 import sys
 
+from memfabric.client.address import server_address
 from memfabric.client.engine import Engine, Settings
 from memfabric.core.fingerprint import Fingerprint
 from memfabric.core.messages import Attach, NamespaceSpec
 from memfabric.errors import UsageError
 from transport.shm import ShmTransport
 
-DEFAULT_ADDRESS = "tcp://127.0.0.1:7170"
-ADDRESS_VARIABLE = "MEMFABRIC_ADDRESS"
 DIRECTORY_VARIABLE = "MEMFABRIC_SHM_DIRECTORY"
 DEFAULT_DIRECTORY = "/dev/shm"
 MAX_COPY_THREADS = 64
-
-
-def server_address(address: str | None) -> str:
-    """The address asked for, or the environment's, or the default."""
-    return address or os.environ.get(ADDRESS_VARIABLE, "") or DEFAULT_ADDRESS
 
 
 def client_name(name: str | None) -> str:

@@ -102,7 +102,8 @@ class Regions:
         return np.array(gone, np.int32)
 
     def slots_of(self, numbers: npt.NDArray[np.uint32], epoch: int) -> Slots:
-        """Slots of region numbers that a server of some epoch gave; -1 for those that the current view does not have.
+        """Slots of region numbers that a server of some epoch gave; -1 for those that the current view does
+        not have.
 
         Numbers of another epoch mean other regions: none of them is known.
         """
