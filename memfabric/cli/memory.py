@@ -37,6 +37,11 @@ def default_region_bytes(memory_bytes: int) -> int:
     return max(MIB, min(GIB, memory_bytes // _REGIONS // MIB * MIB))
 
 
+def whole_regions(memory_bytes: int, region_bytes: int) -> int:
+    """What a node lends of its memory: whole regions. As it is where not even one fits; the node refuses that."""
+    return memory_bytes // region_bytes * region_bytes if 0 < region_bytes <= memory_bytes else memory_bytes
+
+
 def check_room(directory: Path, memory_bytes: int, nodes: int = 1) -> None:
     """Refuse at once what cannot be backed.
 

@@ -75,13 +75,14 @@ def node(
     reporter = attach_to_parent(parent_pid, report_fd)
     from memfabric.node import NodeOptions, serve_node
 
-    if memory_bytes is None:
-        memory_bytes = default_memory_bytes(directory)
-    check_room(directory, memory_bytes)
+    memory = memory_bytes if memory_bytes is not None else default_memory_bytes(directory)
+    region = region_bytes if region_bytes is not None else default_region_bytes(memory)
+    memory = whole_regions(memory, region)
+    check_room(directory, memory)
     if settings.timeout_ns is not None:
         options["register_timeout_s"] = settings.timeout_s
     name = name if name is not None else default_name()
-    spelled = units.format_bytes(memory_bytes)
+    spelled = units.format_bytes(memory)
 
     def progress(done_bytes: int) -> None:
         reporter.report(done_bytes=done_bytes)
@@ -97,8 +98,8 @@ def node(
         NodeOptions(
             name=name,
             server=settings.server,
-            memory_bytes=memory_bytes,
-            region_bytes=region_bytes or default_region_bytes(memory_bytes),
+            memory_bytes=memory,
+            region_bytes=region,
             directory=directory,
             **options,
         ),

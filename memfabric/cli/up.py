@@ -97,6 +97,7 @@ def up(
 
     memory = memory_bytes if memory_bytes is not None else default_memory_bytes(directory, nodes)
     region = region_bytes if region_bytes is not None else default_region_bytes(memory)
+    memory = whole_regions(memory, region)
     check_room(directory, memory, nodes)
     plan = PoolPlan(
         address=settings.bind,

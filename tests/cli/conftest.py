@@ -112,6 +112,13 @@ class Up:
         self.end()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Shells start background jobs with SIGINT ignored, and so would all processes of the tests be."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def regions() -> Iterator[Path]:
     """A directory for regions in shared memory; the test fails if it leaves any there."""

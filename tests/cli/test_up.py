@@ -120,8 +120,8 @@ def test_a_killed_node_is_reported_and_the_rest_goes_on(start_up: StartUp, regio
     assert pool.run("namespace", "create", "x", "--block-size", "4KiB").exit_code == 0
     os.kill(pool.pids["node-0"], signal.SIGKILL)
     eventually(lambda: "node-0 died (killed by SIGKILL)" in pool.errors(), "the death is reported")
-    eventually(lambda: len(region_files(regions)) == 4, "its shared memory is freed")
-    assert "Freed 4 regions" in pool.errors()
+    eventually(lambda: "Freed 4 regions of shared memory" in pool.errors(), "its shared memory is freed")
+    assert len(region_files(regions)) == 4
 
     def states() -> dict[str, str]:
         nodes = pool.json("node", "list")
@@ -346,3 +346,10 @@ def test_a_ready_file_of_a_killed_pool_is_not_believed(start_up: StartUp) -> Non
     again = start_up("--ready-file", str(pool.ready_file), "--region", "1")
     assert again.end() == 1
     assert not pool.ready_file.exists()
+
+
+def test_memory_is_lent_in_whole_regions_and_so_it_is_said(start_up: StartUp, regions: Path) -> None:
+    pool = start_up("--memory", "5MiB", "--region", "2MiB", "--nodes", "1").wait_ready()
+    assert "memory            4 MiB: 1 node of 4 MiB in regions of 2 MiB" in pool.errors()
+    assert len(region_files(regions)) == 2
+    assert pool.stop() == 0
