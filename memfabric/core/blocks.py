@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from memfabric import _native
 from memfabric.core import columns, membership, placement
+from memfabric.core.cluster import misfit
 from memfabric.core.leases import Lease, LeaseKind, server_deadline_ns
 from memfabric.core.messages import (
     Abort,
@@ -338,6 +339,9 @@ def _what_holds_space(state: State, namespace: Namespace, refusal: ReserveStatus
         text = f"namespace {spec.name!r} has no region"
     if not state.cluster.regions:
         return text + "; no memory node is registered (start one with `memfabric node`)"
+    unfit = [why for region in state.cluster.unassigned() if (why := misfit(region, namespace))]
+    if unfit:
+        return text + f"; {len(unfit)} unassigned regions do not fit: {unfit[0]}"
     taken = ", ".join(f"{name} {count}" for name, count in sorted(others.items())) or "none"
     return text + f"; no region is left to assign (regions held by other namespaces: {taken})"
 

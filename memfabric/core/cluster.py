@@ -12,7 +12,7 @@ import enum
 import numpy as np
 import numpy.typing as npt
 
-from memfabric.core.layout import RegionLayout, plan_region
+from memfabric.core.layout import LayoutError, RegionLayout, plan_region
 from memfabric.core.messages import NodeState, NodeView, RegionOffer, RegionView, View
 from memfabric.core.namespaces import Namespace
 from memfabric.core.table import BlockTable, Slots
@@ -85,6 +85,15 @@ class Node:
     regions: list[int] = dataclasses.field(default_factory=list)
 
 
+def misfit(region: Region, namespace: Namespace) -> str:
+    """Why a region cannot be cut into the namespace's blocks; empty when it can."""
+    try:
+        plan_region(region.offer.size_bytes, namespace.spec.block_bytes, namespace.spec.segments)
+    except LayoutError as error:
+        return str(error)
+    return ""
+
+
 class Cluster:
     """All nodes and regions."""
 
@@ -126,6 +135,10 @@ class Cluster:
             for name, node in self.nodes.items()
         }
         return sorted(out, key=lambda region: (assigned[region.node], region.number))
+
+    def assignable(self, namespace: Namespace) -> list[Region]:
+        """Regions that can be assigned to the namespace now: its blocks fit them. Order as `unassigned`."""
+        return [region for region in self.unassigned() if not misfit(region, namespace)]
 
     def begin_assign(self, region: Region, namespace: Namespace) -> bool:
         """UNASSIGNED → ASSIGNING. Returns whether the blocks must be scrubbed (they were another namespace's)."""

@@ -24,6 +24,8 @@ OS_PAGE_BYTES = 4096
 HEADER_BASE_BYTES = 64
 MAX_SEGMENTS = 4096
 MAX_BLOCK_BYTES = 1 << 30
+MAX_REGION_BLOCKS = 1 << 22
+"""Blocks of one region: bounds what a server allocates at once for it (under 200 bytes a block)."""
 
 _SUPERBLOCK = struct.Struct("<8sIIQQQQ16s64s64sIIIII")
 """magic, layout version, crc, region id, incarnation, epoch, namespace id, fingerprint digest, node name, namespace
@@ -115,11 +117,16 @@ def plan_region(region_bytes: int, block_bytes: int, segments: int) -> RegionLay
     """Fit as many blocks as possible into a region.
 
     Raises:
-        LayoutError: a size is out of range, or not even one block fits.
+        LayoutError: a size is out of range, not even one block fits, or more than `MAX_REGION_BLOCKS` would.
     """
     check_block_shape(block_bytes, segments)
     stride = header_stride(segments)
     count = max(0, (region_bytes - SUPERBLOCK_BYTES) // (block_bytes + stride))
+    if count > MAX_REGION_BLOCKS:
+        raise LayoutError(
+            f"a region of {region_bytes} bytes would hold {count} blocks of {block_bytes} bytes, over the limit of "
+            f"{MAX_REGION_BLOCKS}; use smaller regions (memfabric node --region) or larger blocks"
+        )
     while count and _data_offset(count, stride) + count * block_bytes > region_bytes:
         count -= 1
     if count < 1:

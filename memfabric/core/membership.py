@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from memfabric.core.cluster import Node, Region, RegionState
+from memfabric.core.cluster import Node, Region, RegionState, misfit
 from memfabric.core.messages import (
     Assign,
     CommandDone,
@@ -69,7 +69,7 @@ def grow(state: State, namespace: Namespace, now_ns: int) -> bool:
     mine = {state.cluster.regions[number].node for number in namespace.regions}
     if namespace.quota_blocks is not None and state.cluster.capacity_blocks(namespace) >= namespace.quota_blocks:
         return False
-    candidates = state.cluster.unassigned()
+    candidates = state.cluster.assignable(namespace)
     if not candidates:
         return reclaim(state, namespace, now_ns)
     region = min(candidates, key=lambda region: region.node in mine)
@@ -92,7 +92,11 @@ def reclaim(state: State, namespace: Namespace, now_ns: int) -> bool:
     donor = max(state.namespaces.values(), key=lambda other: (len(other.regions), -other.id), default=namespace)
     if len(donor.regions) <= fair:
         return False
-    region = min((state.cluster.regions[number] for number in donor.regions), key=lambda region: _heat(state, region))
+    held = [state.cluster.regions[number] for number in donor.regions]
+    fitting = [region for region in held if not misfit(region, namespace)]
+    if not fitting:
+        return False
+    region = min(fitting, key=lambda region: _heat(state, region))
     region.state = RegionState.VACATING
     slots = np.arange(region.base, region.base + region.block_count, dtype=np.int32)
     state.log("info", "region_reclaimed", region=region.number, donor=donor.spec.name, taker=namespace.spec.name)
@@ -127,7 +131,7 @@ def assign(state: State, namespace: Namespace, region: Region, now_ns: int) -> N
 def first_regions(state: State, namespace: Namespace, now_ns: int) -> None:
     """A namespace starts with one region of each node, as far as there are any."""
     taken: set[str] = set()
-    for region in state.cluster.unassigned():
+    for region in state.cluster.assignable(namespace):
         if region.node not in taken:
             taken.add(region.node)
             assign(state, namespace, region, now_ns)
@@ -234,7 +238,7 @@ def register(state: State, peer: bytes, body: Register, now_ns: int) -> Register
     )
     for namespace in state.namespaces.values():
         if not any(state.cluster.regions[number].node == node.name for number in namespace.regions):
-            fresh = [region for region in state.cluster.unassigned() if region.node == node.name]
+            fresh = [region for region in state.cluster.assignable(namespace) if region.node == node.name]
             if fresh:
                 assign(state, namespace, fresh[0], now_ns)
     return Registered(heartbeat_ns=config.heartbeat_ns, dead_ns=config.dead_ns)
