@@ -18,6 +18,7 @@ from memfabric.cli.memory import (
     check_room,
     default_memory_bytes,
     default_region_bytes,
+    whole_regions,
 )
 from memfabric.cli.output import console, emit_json, note
 from memfabric.cli.parts import attach_to_parent, serving_options, write_ready_file

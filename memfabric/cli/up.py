@@ -14,6 +14,7 @@ from memfabric.cli.memory import (
     check_room,
     default_memory_bytes,
     default_region_bytes,
+    whole_regions,
 )
 from memfabric.cli.output import note
 from memfabric.cli.parts import check_ready_file, write_ready_file
