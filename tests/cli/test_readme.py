@@ -1,4 +1,4 @@
-"""README's example, as it stands there, on a pool that `memfabric up` started."""
+"""The examples in README and the guide, as they stand there, on a pool that `memfabric up` started."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ import pytest
 
 from tests.cli.conftest import PATIENCE_S, Up
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.processes
-def test_the_example_in_readme_runs(start_up: Callable[..., Up]) -> None:
-    examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(examples) == 1
+@pytest.mark.parametrize(("page", "printed"), [("README.md", "10"), ("docs/python.md", "")])
+def test_the_examples_run(start_up: Callable[..., Up], page: str, printed: str) -> None:
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert examples
     pool = start_up().wait_ready()
     out = subprocess.run(
-        [sys.executable, "-c", examples[0]],
+        [sys.executable, "-W", "error", "-c", "\n".join(examples)],
         capture_output=True,
         text=True,
         check=False,
         timeout=PATIENCE_S,
         env={**os.environ, "MEMFABRIC_ADDRESS": pool.address, "MEMFABRIC_SHM_DIRECTORY": str(pool.directory)},
     )
-    assert (out.stdout.strip(), out.returncode) == ("10", 0), out.stderr
+    assert (out.stdout.strip(), out.stderr, out.returncode) == (printed, "", 0)
     assert pool.stop() == 0
