@@ -121,6 +121,7 @@ class PlaceTable {
 
     // The caller holds the lock.
     void note(const uint8_t *keys, size_t n) {
+        if (n == 0) return;
         // The same batch again and again is the usual case: it is reported once per ping.
         if (touched_.size() >= n * 16 && std::memcmp(touched_.data() + touched_.size() - n * 16, keys, n * 16) == 0) return;
         if (touched_.size() + n * 16 <= touched_limit_ * 16) touched_.insert(touched_.end(), keys, keys + n * 16);
