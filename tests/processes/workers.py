@@ -423,6 +423,39 @@ class Puppet(Worker):
     def do_remove(self, chain: int, count: int, start: int = 0) -> Any:
         return {"status": self.client.remove(payload.chain(chain, count, start)[1]).status.tolist()}
 
+    def do_fork(self, how: str) -> Any:
+        """Use everything in a forked child, and end it in one of several ways; what it said."""
+        faulthandler.cancel_dump_traceback_later()  # its thread is not forked, and a child's exit would wait for it
+        read_fd, write_fd = os.pipe()
+        keys = payload.chain(1, 2)[1]
+        child = os.fork()
+        if child == 0:
+            said = []
+            for call in (lambda: self.client.get(keys), self.lease.read, lambda: self.client.match(keys)):
+                try:
+                    call()
+                    said.append("worked")
+                except Exception as error:  # noqa: BLE001  # its name is the answer
+                    said.append(type(error).__name__)
+            os.write(write_fd, " ".join(said).encode())
+            self.client.close()
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "_exit":
+                os._exit(0)
+            self.lease.release()
+            raise SystemExit(0)
+        os.close(write_fd)
+        with os.fdopen(read_fd) as pipe:
+            said_by_child = pipe.read()
+        os.waitpid(child, 0)
+        return {"child": said_by_child}
+
+    def do_hang(self, after_s: float) -> Any:
+        """What the watchdog is for."""
+        faulthandler.dump_traceback_later(after_s, exit=True)
+        time.sleep(600)
+
 
 def puppet(**arguments: Any) -> None:
     Puppet(**arguments).run()
