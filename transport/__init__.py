@@ -4,6 +4,7 @@
 keys or leases, and never imports memfabric. Importing it sets nothing and starts nothing.
 """
 
+from transport._memory import Room, tightest_room
 from transport._native import Digest, copy_limit, digest, digest_batch, digest_with, implementations
 from transport.base import (
     Batch,
@@ -34,6 +35,7 @@ __all__ = [
     "PeerLostError",
     "Region",
     "RegionExistsError",
+    "Room",
     "ShmRegion",
     "ShmTransport",
     "Transport",
@@ -44,4 +46,5 @@ __all__ = [
     "digest_batch",
     "digest_with",
     "implementations",
+    "tightest_room",
 ]

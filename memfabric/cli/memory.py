@@ -26,7 +26,7 @@ def default_memory_bytes(directory: Path = SHARED_MEMORY, nodes: int = 1) -> int
     Raises:
         OSError: the directory cannot be asked.
     """
-    from transport._memory import tightest_room
+    from transport import tightest_room
 
     share = tightest_room(directory).free_bytes // max(4, 2 * nodes)
     return max(_SMALLEST_BYTES, min(GIB, share // MIB * MIB))
@@ -49,7 +49,7 @@ def check_room(directory: Path, memory_bytes: int, nodes: int = 1) -> None:
         RefusedError: `nodes` nodes of `memory_bytes` are more than is free; says what limits and what to do.
         OSError: the directory cannot be asked.
     """
-    from transport._memory import tightest_room
+    from transport import tightest_room
 
     room = tightest_room(directory)
     if nodes * memory_bytes > room.free_bytes:

@@ -278,11 +278,11 @@ def explain(state: State, session: Session, body: Explain, now_ns: int) -> Docum
     reasons = []
     pins = int(table.pins[slot])
     if pins & ~int(PINNED):
-        reasons.append(f"{pins & ~int(PINNED)} read leases")
+        reasons.append(_count(pins & ~int(PINNED), "read lease"))
     if pins & int(PINNED):
         reasons.append("it is pinned")
     if table.children[slot]:
-        reasons.append(f"{int(table.children[slot])} blocks continue it")
+        reasons.append(f"it is continued by {_count(int(table.children[slot]), 'block')}")
     if not complete:
         reasons.append("it is being written")
     doc["evictable"] = not reasons
@@ -290,6 +290,10 @@ def explain(state: State, session: Session, body: Explain, now_ns: int) -> Docum
     if complete and namespace.spec.ttl_ns:
         doc["expires_in_ns"] = int(table.last_use_ns[slot]) + namespace.spec.ttl_ns - now_ns
     return Document(doc=doc)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def status(state: State, now_ns: int, started_ns: int) -> Document:

@@ -43,6 +43,13 @@ class Arena:
         self._node = options.name
         self._regions: dict[int, transport.Region] = {}
         self._done: dict[tuple[int, int], str] = {}
+        room = transport.tightest_room(options.directory)
+        wanted = options.region_count * options.region_bytes
+        if wanted > room.free_bytes:  # said before the first region takes its share, not after the last that fitted
+            raise transport.OutOfMemoryError(
+                f"{wanted} bytes of regions were asked for, but {room.source} allows only {room.free_bytes}; "
+                f"{room.advice}"
+            )
         try:
             for number in range(options.region_count):
                 region_id = int.from_bytes(os.urandom(7), "little") + 1

@@ -198,7 +198,7 @@ class Node:
                     raise RefusedError(answered.code, answered.message)
                 raise UnavailableError(
                     f"no metadata server answered at {self.options.server} within "
-                    f"{self.options.register_timeout_s:.0f} s; start one with `memfabric meta` or `memfabric up`"
+                    f"{self.options.register_timeout_s:g} s; start one with `memfabric meta` or `memfabric up`"
                 )
         return None
 

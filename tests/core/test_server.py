@@ -538,7 +538,7 @@ def test_explain_and_list_tell_the_story(h: Harness) -> None:
     assert doc["depth"] == 4
     assert doc["parent"] == keys[3].hex()
     assert not doc["evictable"]
-    assert doc["not_evictable_because"] == ["1 read leases"]
+    assert doc["not_evictable_because"] == ["1 read lease"]
     assert h.ask(m.Explain(key=chain(9, 1)[0]), session=session).doc["state"] == "not stored"
     seen: list[bytes] = []
     cursor = 0
