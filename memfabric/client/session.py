@@ -21,7 +21,7 @@ from collections.abc import Callable
 import msgspec
 
 from memfabric import wire
-from memfabric.client.calls import Answer, Call, Event, Joined, Opened, State, refusal
+from memfabric.client.calls import Answer, Call, Event, Joined, Opened, State, refusal, unlike
 from memfabric.core.messages import (
     Abort,
     Acquired,
@@ -32,6 +32,7 @@ from memfabric.core.messages import (
     Detach,
     NamespaceCreate,
     NamespaceDelete,
+    NamespaceSpec,
     NodeDrain,
     Ping,
     Refused,
@@ -84,6 +85,7 @@ class Session:
         self._attach_at_ns = 0
         self._hopeful = False
         self._attaching: Call | None = None
+        self._namespace: NamespaceSpec | None = None
         self._waiting: deque[Call] = deque()
         self._flight: dict[int, Call] = {}
         self._outgoing: deque[Call] = deque()
@@ -294,7 +296,10 @@ class Session:
         body = reply.body
         if isinstance(body, Refused):
             self._refused(refusal(body), body.retry_after_ns, now_ns)
+        elif isinstance(body, Attached) and (why := unlike(self._namespace, self._attach, body)):
+            self._refused(RefusedError(RefusalCode.FINGERPRINT, why), 0, now_ns)
         elif isinstance(body, Attached):
+            self._namespace = body.namespace.spec if body.namespace else None
             self.state = State.ATTACHED
             self._attaching = None
             self.refusal = None
