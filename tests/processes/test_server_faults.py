@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
+import memfabric
 from memfabric.client import GetStatus
 from memfabric.core.messages import NamespaceSpec
-from memfabric.errors import OutcomeUnknownError, UnavailableError
+from memfabric.errors import OutcomeUnknownError, RefusedError, UnavailableError
 from tests.processes import payload
 from tests.processes.harness import MIB, Pool, eventually
 from tests.processes.load import Load
@@ -122,4 +124,38 @@ def test_namespaces_outlive_the_server_in_its_state_directory(tmp_path: Path) ->
             assert pool.namespace().spec == SPEC
         pool.wait_nodes("a")
         eventually(lambda: puppet.ask("put", chain=1, count=2)["status"] in ([0, 0], [1, 1]), "puts work again")
+        pool.shut_down()
+
+
+@pytest.mark.parametrize("change", ["fingerprint", "block_bytes", "block_tokens", "segments"])
+def test_namespace_that_is_another_after_a_restart_is_not_used(tmp_path: Path, change: str) -> None:
+    """Somebody else creates it differently before this client is back: an error that says so, no mixed-up KV."""
+    values = {
+        "fingerprint": memfabric.Fingerprint(model="another"),
+        "block_bytes": 65536,
+        "block_tokens": 32,
+        "segments": 4,
+    }
+    other = msgspec.structs.replace(SPEC, **{change: values[change]})
+    with Pool(tmp_path, SPEC) as pool:
+        pool.start_node("a")
+        pool.wait_nodes("a")
+        # Without `create` and fingerprint: it takes the namespace's own on trust, the first time.
+        client = memfabric.connect(pool.address, namespace=SPEC.name, shm_directory=str(pool.directory), timeout_s=20.0)
+        with client:
+            ids, keys = payload.chain(1, 2)
+            blocks = payload.fill_many(ids, 7, SPEC.block_bytes)
+            assert client.put(keys, blocks).ok
+            pool.server.freeze()
+            pool.server.kill()
+            pool.spec = other
+            pool.start_server()
+            with pool.admin() as admin:
+                admin.namespace_create(other)
+            pool.wait_nodes("a")
+            for call in (lambda: client.put(keys, blocks), lambda: client.get(keys, leased=True)):
+                with pytest.raises(RefusedError, match=r"another|unknown_namespace|does not exist") as refused:
+                    call()
+                assert refused.value.code in ("fingerprint", "unknown_namespace")
+            assert client.namespace == SPEC
         pool.shut_down()
