@@ -69,6 +69,7 @@ class Desk:
             max_lease_ns=60 * S,
             session_ttl_ns=session_ttl_ns,
             events="",
+            namespace=m.NamespaceInfo(id=1, spec=m.NamespaceSpec(name="x", block_bytes=64)),
         )
 
     def submit(self, body: m.Body, timeout_ns: int = 5 * S) -> list[Answer | MemfabricError]:
