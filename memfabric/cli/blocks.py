@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 namespace_option = click.option("-n", "--namespace", required=True, metavar="NAME", help="The namespace.")
 
-
+keys_option = click.option(
+    "--keys",
+    "keys_file",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    help="Read more keys from this file, one a line ('-' for standard input).",
+)
 directory_option = click.option(
     "--directory",
     type=click.Path(file_okay=False),
@@ -170,12 +175,7 @@ memfabric get -n demo --keys keys.txt --bytes 200000 | sha256sum
 )
 @namespace_option
 @click.argument("keys", type=KEY, nargs=-1, metavar="[KEY]...")
-@click.option(
-    "--keys",
-    "keys_file",
-    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
-    help="Read more keys from this file, one a line ('-' for standard input).",
-)
+@keys_option
 @click.option(
     "-o",
     "--output",
@@ -203,7 +203,7 @@ def get(
     """
     if settings.as_json and output == "-":
         raise UsageError("--json goes to standard output, so the bytes need a file: -o FILE")
-    wanted = _wanted(keys, keys_file)
+    wanted = wanted_keys(keys, keys_file)
     if not settings.as_json and output == "-" and sys.stdout.isatty():
         raise UsageError("blocks are binary and standard output is a terminal; say -o FILE, or pipe it")
     from memfabric.cli.files import download
@@ -279,12 +279,7 @@ memfabric rm -n demo --all --yes
 )
 @namespace_option
 @click.argument("keys", type=KEY, nargs=-1, metavar="[KEY]...")
-@click.option(
-    "--keys",
-    "keys_file",
-    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
-    help="Read more keys from this file, one a line ('-' for standard input).",
-)
+@keys_option
 @click.option("--all", "everything", is_flag=True, help="Remove all blocks of the namespace.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask before removing all.")
 @common_options(json=True)
@@ -306,7 +301,7 @@ def rm(
                 click.confirm(f"Remove all blocks of namespace {namespace}?", abort=True, err=True)
             wanted = [key for page in client.list_blocks() for key in page.keys]
         else:
-            wanted = _wanted(keys, keys_file)
+            wanted = wanted_keys(keys, keys_file)
         status = client.remove(wanted).status.tolist() if wanted else []
     from memfabric.client import RemoveStatus
 
@@ -351,7 +346,7 @@ def explain(settings: Settings, namespace: str, key: bytes) -> None:
 # --- shared ------------------------------------------------------------------------------------------------------
 
 
-def _wanted(keys: tuple[bytes, ...], keys_file: str | None) -> list[bytes]:
+def wanted_keys(keys: tuple[bytes, ...], keys_file: str | None) -> list[bytes]:
     """Keys from the command line and from a file."""
     wanted = list(keys)
     if keys_file is not None:

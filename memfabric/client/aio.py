@@ -20,7 +20,7 @@ from memfabric.client.effects import Operation, run_async
 from memfabric.client.engine import Engine
 from memfabric.client.listing import BlockPage
 from memfabric.client.options import open_engine
-from memfabric.client.results import GetResult, PrefetchResult, PutResult, RemoveResult, StatusColumn
+from memfabric.client.results import GetResult, PinResult, PrefetchResult, PutResult, RemoveResult, StatusColumn
 from memfabric.client.sync import describe, make_keys
 from memfabric.core.fingerprint import Fingerprint
 from memfabric.core.keys import BlockKeys
@@ -158,6 +158,14 @@ class AsyncClient:
             return reading.remove(engine, array, engine.deadline_ns(timeout_s))
 
         return await self._run(make)
+
+    async def pin(self, keys: Keys, *, timeout_s: float | None = None) -> PinResult:
+        """See `Client.pin`."""
+        return await self._run(lambda e: reading.pin(e, key_array(keys), True, e.deadline_ns(timeout_s)))
+
+    async def unpin(self, keys: Keys, *, timeout_s: float | None = None) -> PinResult:
+        """See `Client.unpin`."""
+        return await self._run(lambda e: reading.pin(e, key_array(keys), False, e.deadline_ns(timeout_s)))
 
     async def prefetch(self, keys: Keys, *, timeout_s: float | None = None) -> PrefetchResult:
         """See `Client.prefetch`."""

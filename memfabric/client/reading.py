@@ -20,7 +20,7 @@ from memfabric.client.effects import Operation, Work
 from memfabric.client.engine import Engine
 from memfabric.client.memory import Memory
 from memfabric.client.places import Place
-from memfabric.client.results import GetResult, GetStatus, PrefetchResult, RemoveResult, StatusColumn
+from memfabric.client.results import GetResult, GetStatus, PinResult, PrefetchResult, RemoveResult, StatusColumn
 from memfabric.client.verify import HeaderCheck
 from memfabric.core.keys import KeyArray
 from memfabric.core.messages import (
@@ -30,6 +30,8 @@ from memfabric.core.messages import (
     GetView,
     Match,
     Matched,
+    Pin,
+    Pinned,
     Remove,
     Removed,
     ReportFailure,
@@ -320,6 +322,15 @@ def remove(engine: Engine, keys: KeyArray, deadline_ns: int) -> Operation[Remove
         status[part] = columns(reply.status, np.uint8, part.stop - part.start)
         engine.places.forget(keys[part])  # a get of another thread may have learned it meanwhile
     return RemoveResult(status)
+
+
+def pin(engine: Engine, keys: KeyArray, pinned: bool, deadline_ns: int) -> Operation[PinResult]:
+    """Set or clear pins."""
+    found = np.zeros(len(keys), np.bool_)
+    for part in parts(engine, len(keys), part_bytes=1 << 62):
+        reply, _ = yield from engine.call(Pin(keys=keys[part].tobytes(), pinned=pinned), Pinned, deadline_ns)
+        found[part] = columns(reply.status, np.uint8, part.stop - part.start) != 0
+    return PinResult(found)
 
 
 def prefetch(engine: Engine, keys: KeyArray, deadline_ns: int) -> Operation[PrefetchResult]:

@@ -205,6 +205,21 @@ class RemoveResult:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False, eq=False)
+class PinResult:
+    """What a pin or unpin did. `found`: bool ``[n]``: the block is there, and pinned or not as asked."""
+
+    found: npt.NDArray[np.bool_]
+
+    @property
+    def found_count(self) -> int:
+        """Blocks that are there."""
+        return int(self.found.sum())
+
+    def __repr__(self) -> str:
+        return f"PinResult({self.found_count} of {len(self.found)} found)"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, repr=False, eq=False)
 class PrefetchResult:
     """What a prefetch learned. `found`: bool ``[n]``: the next get of this block needs no request."""
 

@@ -34,6 +34,7 @@ from memfabric.core.messages import (
     NamespaceDelete,
     NamespaceSpec,
     NodeDrain,
+    Pin,
     Ping,
     Refused,
     Release,
@@ -62,7 +63,7 @@ ATTACH_RETRY_NS = 200_000_000
 REMEMBERED_ABANDONED = 1024
 
 _BOUND_TO_LEASE = (Commit, Abort, Renew, Release, Detach)
-_CHANGES = (Commit, Remove, NamespaceCreate, NamespaceDelete, NodeDrain)
+_CHANGES = (Commit, Remove, Pin, NamespaceCreate, NamespaceDelete, NodeDrain)
 """Requests whose loss after sending leaves the pool in one of two states. A lost Reserve or Acquire ends by
 itself."""
 

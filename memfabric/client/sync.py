@@ -18,7 +18,7 @@ from memfabric.client.handles import ReadLease, WriteLease
 from memfabric.client.listing import BlockPage
 from memfabric.client.options import open_engine
 from memfabric.client.quick import Quick
-from memfabric.client.results import GetResult, PrefetchResult, PutResult, RemoveResult
+from memfabric.client.results import GetResult, PinResult, PrefetchResult, PutResult, RemoveResult
 from memfabric.core.fingerprint import Fingerprint
 from memfabric.core.keys import ROOT, BlockKeys, block_keys
 from memfabric.core.messages import NamespaceSpec
@@ -215,6 +215,18 @@ class Client:
         array = key_array(keys)
         distinct_keys(array)
         return self._run(lambda e: reading.remove(e, array, e.deadline_ns(timeout_s)))
+
+    def pin(self, keys: Keys, *, timeout_s: float | None = None) -> PinResult:
+        """Keep blocks from being evicted or expiring until `unpin` or `remove`, whatever becomes of this client.
+
+        For what every request needs, such as a shared system prompt: pin its whole chain. Pinned blocks count
+        against the quota, and a namespace full of them takes nothing more.
+        """
+        return self._run(lambda e: reading.pin(e, key_array(keys), True, e.deadline_ns(timeout_s)))
+
+    def unpin(self, keys: Keys, *, timeout_s: float | None = None) -> PinResult:
+        """Let blocks be evicted again."""
+        return self._run(lambda e: reading.pin(e, key_array(keys), False, e.deadline_ns(timeout_s)))
 
     def prefetch(self, keys: Keys, *, timeout_s: float | None = None) -> PrefetchResult:
         """Learn the places of blocks now, so that the next `get` of them needs no request."""

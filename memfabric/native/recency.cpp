@@ -198,9 +198,9 @@ void bind_recency(nb::module_ &m) {
         .def("remove", &Recency::remove, nb::arg("slots"))
         .def("order", &Recency::order, nb::arg("list"))
         .def("evict", &Recency::evict, nb::arg("list"), nb::arg("want"), nb::arg("before_ns"), nb::arg("last_use"),
-             nb::arg("pins"), nb::arg("children"), nb::arg("parent"), nb::arg("parent_generation"),
+             nb::arg("pins").noconvert(), nb::arg("children").noconvert(), nb::arg("parent").noconvert(), nb::arg("parent_generation"),
              nb::arg("generation"));
-    m.def("pin", &pin, nb::arg("pins"), nb::arg("slots"));
-    m.def("unpin", &unpin, nb::arg("pins"), nb::arg("slots"), nb::arg("pinned_generation"), nb::arg("generation"));
-    m.def("count_children", &count_children, nb::arg("children"), nb::arg("parents"), nb::arg("delta"));
+    m.def("pin", &pin, nb::arg("pins").noconvert(), nb::arg("slots"));
+    m.def("unpin", &unpin, nb::arg("pins").noconvert(), nb::arg("slots"), nb::arg("pinned_generation"), nb::arg("generation"));
+    m.def("count_children", &count_children, nb::arg("children").noconvert(), nb::arg("parents"), nb::arg("delta"));
 }

@@ -288,6 +288,16 @@ def test_rm_all_asks_first(pool: Up, space: str, put: Callable[..., list[str]]) 
     assert pool.run("rm", "-n", space, "--all", "00" * 16).exit_code == 2
 
 
+def test_pin_and_unpin(pool: Up, space: str, put: Callable[..., list[str]]) -> None:
+    keys = put(b"p" * 2 * BLOCK)
+    assert pool.run("pin", "-n", space, *keys).exit_code == 0
+    assert pool.json("explain", "-n", space, keys[1])["not_evictable_because"] == ["it is pinned"]
+    result = pool.run("unpin", "-n", space, keys[1], "ab" * 16)
+    assert result.exit_code == 1
+    assert "1 key not in namespace" in result.stderr
+    assert pool.json("explain", "-n", space, keys[1])["evictable"]
+
+
 def test_explain_tells_where_a_block_is(pool: Up, space: str, put: Callable[..., list[str]]) -> None:
     keys = put(os.urandom(2 * BLOCK))
     story = pool.run("explain", "-n", space, keys[1]).stdout

@@ -277,6 +277,22 @@ def test_a_full_pool_says_what_holds_the_space(client: memfabric.Client) -> None
         assert caught.value.code == RefusalCode.NO_SPACE
 
 
+def test_pinned_blocks_outlive_the_flood_and_their_client(pool: ThreadPool, other: memfabric.Client) -> None:
+    with pool.connect() as client:
+        keys = client.block_keys(np.arange(16 * 4))
+        client.put(keys, np.full((4, BLOCK_BYTES), 7, np.uint8)).raise_for_status()
+        absent = client.block_keys(np.arange(1000, 1016))
+        assert client.pin(keys).found.all()
+        assert client.pin(absent).found_count == 0
+        assert client.pin([]).found_count == 0
+    for start in range(0, 6000, 500):
+        flood = other.block_keys(np.arange(10**6 + 16 * start, 10**6 + 16 * (start + 500)))
+        other.put(flood, np.zeros((500, BLOCK_BYTES), np.uint8))
+    assert other.get(keys, leased=True).ok
+    assert other.unpin(keys).found.all()
+    assert other.explain(keys[3])["evictable"]
+
+
 def test_a_quota_is_kept(pool: ThreadPool) -> None:
     spec = NamespaceSpec(name="small", block_bytes=BLOCK_BYTES, quota_bytes=10 * BLOCK_BYTES)
     with pool.connect("small", create=spec) as client:

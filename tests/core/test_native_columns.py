@@ -90,6 +90,13 @@ def test_slots_outside_the_columns_are_refused(slots: list[int]) -> None:
         recency.touch(1, np.array([0], np.int32))
 
 
+def test_columns_that_are_written_are_never_copies_of_another_type() -> None:
+    with pytest.raises(TypeError):
+        _native.pin(np.zeros(4, np.int64), np.array([1], np.int32))
+    with pytest.raises(TypeError):
+        _native.count_children(np.zeros(4, np.int64), np.array([1], np.int32), 1)
+
+
 @given(
     st.lists(
         st.tuples(st.sampled_from(["touch", "remove"]), st.integers(0, 1), st.lists(st.integers(0, 15), max_size=6)),
