@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from memfabric.core import columns, membership
-from memfabric.core.blocks import end_lease, namespace_of
 from memfabric.core.leases import LeaseKind
 from memfabric.core.messages import (
     MAX_KEYS_PER_REQUEST,
@@ -31,6 +30,7 @@ from memfabric.core.messages import (
     ViewReply,
 )
 from memfabric.core.namespaces import Namespace, check_spec
+from memfabric.core.rights import end_lease, namespace_of
 from memfabric.core.sessions import Session
 from memfabric.core.state import SaveNamespaces, State
 from memfabric.core.table import PINNED, SlotState

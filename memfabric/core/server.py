@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from memfabric.core import admin, blocks, membership
+from memfabric.core import admin, blocks, membership, rights, writing
 from memfabric.core import messages as m
 from memfabric.core.namespaces import Namespace
 from memfabric.core.sessions import Session
@@ -26,8 +26,8 @@ _SESSION_HANDLERS: dict[type, Callable[[State, Session, Any, int], Any]] = {
     m.Ping: blocks.ping,
     m.Match: blocks.match,
     m.Acquire: blocks.acquire,
-    m.Commit: blocks.commit,
-    m.Abort: blocks.abort,
+    m.Commit: writing.commit,
+    m.Abort: writing.abort,
     m.Renew: blocks.renew,
     m.Release: blocks.release,
     m.Remove: blocks.remove,
@@ -125,7 +125,7 @@ class ServerCore:
             namespace = state.namespaces.get(lease.namespace)
             if namespace is not None:
                 namespace.counters["expired_leases"] += 1
-            blocks.end_lease(state, lease, now_ns, flushed=False)
+            rights.end_lease(state, lease, now_ns, flushed=False)
         for slots, generation in state.quarantine.due(now_ns):
             still = slots[state.table.generation[slots] == generation]
             for number in np.unique(state.table.region[still]):
@@ -208,7 +208,7 @@ class ServerCore:
             return None
         try:
             done = self._execute(session, request, now_ns, may_park=len(self._parked) < MAX_PARKED)
-        except blocks.Parked:
+        except writing.Parked:
             until_ns = now_ns + state.config.park_ns
             self._parked.append(_ParkedReserve(peer, session, request, until_ns))
             return None
@@ -221,7 +221,7 @@ class ServerCore:
             if isinstance(request.body, m.Reserve):
                 if session.namespace is not None:
                     self._over.add(session.namespace)
-                return blocks.reserve(self.state, session, request.body, now_ns, may_park=may_park)
+                return writing.reserve(self.state, session, request.body, now_ns, may_park=may_park)
             reply: m.ReplyBody = _SESSION_HANDLERS[type(request.body)](self.state, session, request.body, now_ns)
             return reply
         except RefusedError as error:
@@ -245,7 +245,7 @@ class ServerCore:
                 continue
             try:
                 body = self._execute(parked.session, parked.request, now_ns, may_park=now_ns < parked.until_ns)
-            except blocks.Parked:
+            except writing.Parked:
                 self._parked.append(parked)
                 continue
             parked.session.remember(parked.request.sequence, body)
