@@ -22,6 +22,8 @@ from transport.base import Batch, TransportError
 MAX_BLOCKS = 1024
 MAX_OPERATIONS = 8192
 """Payload and header operations of one batch; about 60 bytes each are kept."""
+ONE_THREAD_BYTES = 8 << 20
+"""More threads do not pay below (see the transport), so nothing is lost by reading in order."""
 MAX_PREPARED = 16
 """Batch sizes kept per thread."""
 
@@ -53,11 +55,15 @@ class _Prepared:
             np.zeros(n * engine.header_stride, np.uint8),
             digests,
         )
+        threads = engine.settings.copy_threads
         if verify:
-            self.batches = [Batch(local, region, offset, length, group, digests)]
-        else:  # the headers after the payload: see `copying.read_blocks`
+            self.batches = [(Batch(local, region, offset, length, group, digests), threads)]
+        # Without, the headers after the payload: see `copying.read_blocks`.
+        elif threads <= 1 and n * shape.block_bytes < ONE_THREAD_BYTES:
+            self.batches = [(Batch(local, region, offset, length), 1)]  # one thread copies in order
+        else:
             self.batches = [
-                Batch(local[part], region[part], offset[part], length[part])
+                (Batch(local[part], region[part], offset[part], length[part]), threads)
                 for part in (slice(0, payload), slice(payload, None))
             ]
 
@@ -84,8 +90,8 @@ class Quick(threading.local):
         if not prepared.reader.prepare(keys, out, engine.regions.table(False)):
             return None
         try:
-            for batch in prepared.batches:
-                if engine.transport.read(batch, deadline_ns, engine.settings.copy_threads) < len(batch):
+            for batch, threads in prepared.batches:
+                if engine.transport.read(batch, deadline_ns, threads) < len(batch):
                     return None  # too late
         except TransportError:
             return None  # a region went away this moment
