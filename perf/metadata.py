@@ -16,13 +16,13 @@ import numpy as np
 from memfabric import BlockKeys, Client, NamespaceSpec, wire
 from memfabric.client import AdminClient
 from memfabric.core import messages as m
-from memfabric.core.layout import plan_region
+from memfabric.core.layout import HEADER_BASE_BYTES, plan_region
 from memfabric.core.server import ServerCore
 from memfabric.core.state import Publish, Received, Send, ServerConfig
 from perf import machine
 from perf.blocks import FreshKeys
 from perf.plan import GIB, KIB, Plan
-from perf.pool import BenchPool
+from perf.pool import NODES, BenchPool
 from perf.timing import summary
 
 COUNTS = (512, 4096)
@@ -35,8 +35,8 @@ TTL_NS = 10**10
 CLIENT = b"\1" + bytes(15)
 """The identity of the only connection."""
 CORE_BLOCK_BYTES = 4 * KIB
-WIRE_BLOCK_BYTES = 64
-"""Blocks that nobody writes: so small that a million of them fit in any pool."""
+SPARE_RATIO = 1.05
+"""Places for blocks beyond those that are stored, so that requests under measurement find room."""
 NAMESPACE = "metadata"
 
 
@@ -50,7 +50,8 @@ class Core:
     """A server core without a server."""
 
     def __init__(self, capacity_blocks: int) -> None:
-        self._core = ServerCore(ServerConfig(epoch=1))
+        forever_ns = 10**15  # nobody sends heartbeats here
+        self._core = ServerCore(ServerConfig(epoch=1, dead_ns=forever_ns, session_ttl_ns=forever_ns))
         self._sequence = 0
         self._session = 0
         per_region = plan_region(GIB, CORE_BLOCK_BYTES, 1).block_count
@@ -159,7 +160,9 @@ def measure_core(plan: Plan, tell: Callable[[str], None]) -> Measured:
 def measure_wire(pool: BenchPool, plan: Plan, tell: Callable[[str], None]) -> Measured:
     """Memory that the server's process takes per block, and round trips from a client."""
     fresh = FreshKeys(seed=8)
-    spec = NamespaceSpec(name=NAMESPACE, block_bytes=WIRE_BLOCK_BYTES, high_ratio=1.0, low_ratio=1.0)
+    # Blocks that nobody writes; their size lets the first regions, one of each node, hold just as many as are wanted.
+    block_bytes = max(8, int(NODES * pool.region_bytes / (plan.table_blocks * SPARE_RATIO)) - HEADER_BASE_BYTES)
+    spec = NamespaceSpec(name=NAMESPACE, block_bytes=block_bytes, high_ratio=1.0, low_ratio=1.0)
     with AdminClient(pool.address) as admin:
         admin.namespace_create(spec)
     samples: dict[int, dict[str, list[int]]] = {}
@@ -170,6 +173,8 @@ def measure_wire(pool: BenchPool, plan: Plan, tell: Callable[[str], None]) -> Me
             keys = fresh(min(max(COUNTS), plan.table_blocks - start))
             _put(client, keys)
             known.append(keys)
+        with AdminClient(pool.address) as admin:
+            slots = int(admin.status()["table"]["slots"])
         grown = machine.resident_bytes(pool.pids["meta"]) - before
         for count in COUNTS:
             taken = samples[count] = {name: [] for name in ("match", "acquire", "reserve+commit")}
@@ -180,7 +185,8 @@ def measure_wire(pool: BenchPool, plan: Plan, tell: Callable[[str], None]) -> Me
                     for name, each in times.items():
                         taken[name].append(each)
     pool.delete(NAMESPACE)
-    memory = {"blocks": plan.table_blocks, "resident_bytes_per_block": round(grown / plan.table_blocks, 1)}
+    per_block = round(grown / plan.table_blocks, 1)
+    memory = {"blocks": plan.table_blocks, "slots": slots, "resident_bytes_per_block": per_block}
     records = [_record(name, count, taken) for count, group in samples.items() for name, taken in group.items()]
     for record in records:
         tell(_describe("round trip", record))

@@ -25,6 +25,8 @@ _PANELS = (
     ("put", "write", "put, data part (copy, digests, headers)", VERIFIED_RATIO),
 )
 _INK = "#30343b"
+TALLEST = 1.75
+"""Ratios beyond are cut off, with their value above. They are of memcpy that does not stream past the cache."""
 
 
 def draw(results: dict[str, Any], facts: dict[str, Any], directory: Path) -> list[Path]:
@@ -56,10 +58,10 @@ def _draw_copies(results: dict[str, Any], below: str, path: Path) -> None:
     for place in axes[:, 0]:
         place.set_ylabel("speed, of block-wise memcpy")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper right", ncols=len(labels), frameon=False, bbox_to_anchor=(0.99, 0.985))
     figure.suptitle("memfabric against a memcpy of the same blocks", x=0.012, ha="left", fontsize=14, fontweight="bold")
+    figure.legend(handles, labels, loc="upper left", ncols=len(labels), frameon=False, bbox_to_anchor=(0.005, 0.965))
     figure.text(0.012, 0.008, below, fontsize=8, color="#70767f")
-    figure.tight_layout(rect=(0, 0.025, 1, 0.97))
+    figure.tight_layout(rect=(0, 0.025, 1, 0.945))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -69,6 +71,7 @@ def _draw_ratios(place: Axes, records: list[dict[str, Any]], part: str, target: 
     sizes = sorted({record["block_bytes"] for record in records})
     batches = sorted({record["batch"] for record in records})
     width = 0.8 / len(batches)
+    tall: list[tuple[float, float]] = []
     for at, batch in enumerate(batches):
         chosen = [record for record in records if record["batch"] == batch]
         ratios = [record["threads"]["auto"][part]["ratio"] for record in chosen]
@@ -78,6 +81,7 @@ def _draw_ratios(place: Axes, records: list[dict[str, Any]], part: str, target: 
             [each["median"] - each["p25"] for each in ratios],
             [each["p75"] - each["median"] for each in ratios],
         ]
+        tall += [(x, value) for x, value in zip(where, middle, strict=True) if value > TALLEST]
         colour = COLOURS[at % len(COLOURS)]
         label = f"batches of {batch}" if batch > 1 else "single blocks"
         place.bar(where, middle, width * 0.92, color=colour, label=label)
@@ -90,7 +94,9 @@ def _draw_ratios(place: Axes, records: list[dict[str, Any]], part: str, target: 
         )
     place.axhline(1.0, color="#9aa0a8", linewidth=0.8, zorder=0)
     place.set_xticks(range(len(sizes)), [size_text(size) for size in sizes])
-    place.set_ylim(0, max(1.25, place.get_ylim()[1]))
+    place.set_ylim(0, TALLEST)
+    for x, value in tall:
+        place.text(x, TALLEST * 1.005, f"{value:.0%}", ha="center", va="bottom", fontsize=7, color="#70767f")
     place.set_xlim(-0.55, len(sizes) - 0.45)
     place.yaxis.set_major_formatter(PercentFormatter(1.0))
     place.grid(axis="y", color="#e6e8eb", linewidth=0.7)
@@ -119,7 +125,7 @@ def _draw_latency(records: list[dict[str, Any]], below: str, path: Path) -> None
         place.stairs(shares, edges, color=colours[record["mode"], record["check"]], label=label, fill=True, alpha=0.55)
     place.axvline(GET_P50_US, color="#c0392b", linewidth=1.3, linestyle="--")
     place.text(
-        GET_P50_US * 1.04, place.get_ylim()[1] * 0.97, f"target for p50: {GET_P50_US:.0f} µs", color="#c0392b",
+        GET_P50_US * 1.05, place.get_ylim()[1] * 0.4, f"target for the median:\n{GET_P50_US:.0f} µs", color="#c0392b",
         fontsize=9, va="top",
     )  # fmt: skip
     place.set_xscale("log")
@@ -127,8 +133,9 @@ def _draw_latency(records: list[dict[str, Any]], below: str, path: Path) -> None
     place.set_xlim(min(record["min_us"] for record in chosen) * 0.8, slowest * 1.3)
     place.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     place.set_xlabel("µs for one get of one 64 KiB block, from Python")
-    place.set_ylabel("share of the calls\nper doubling of the time")
-    place.legend(frameon=False, loc="upper center", fontsize=9)
+    place.set_ylabel("how often")
+    place.set_yticks([])
+    place.legend(frameon=False, loc="upper center", fontsize=9, bbox_to_anchor=(0.56, 1.0))
     place.set_title("latency of a single get, blocks from memory", loc="left", fontweight="bold")
     figure.text(0.012, 0.012, below, fontsize=8, color="#70767f")
     figure.tight_layout(rect=(0, 0.03, 1, 1))

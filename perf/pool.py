@@ -28,6 +28,7 @@ class BenchPool:
 
     Attributes:
         address: of the server.
+        region_bytes: size of a region.
         pids: process ids by name: ``meta``, ``node-0``, ``node-1``.
     """
 
@@ -42,12 +43,12 @@ class BenchPool:
             RuntimeError: it did not start; with what it said.
         """
         self.directory = directory
-        self._region_bytes = max(1 << 20, memory_bytes // (NODES * REGIONS_PER_NODE) // 4096 * 4096)
+        self.region_bytes = max(1 << 20, memory_bytes // (NODES * REGIONS_PER_NODE) // 4096 * 4096)
         self._scratch = tempfile.TemporaryDirectory(prefix="memfabric-bench-")
         scratch = Path(self._scratch.name)
         ready, self._log = scratch / "ready.json", scratch / "log"
         command = [sys.executable, "-m", "memfabric", "up", "--nodes", str(NODES)]
-        command += ["--memory", str(self._region_bytes * REGIONS_PER_NODE), "--region", str(self._region_bytes)]
+        command += ["--memory", str(self.region_bytes * REGIONS_PER_NODE), "--region", str(self.region_bytes)]
         command += ["--directory", str(directory), "--address", "tcp://127.0.0.1:auto", "--ready-file", str(ready)]
         # The same memfabric as here, wherever that is, and not what lies in the working directory.
         here = str(Path(memfabric.__file__).parent.parent)

@@ -53,10 +53,10 @@ class Verdict:
 def judge(results: dict[str, Any]) -> list[Verdict]:
     """All targets of which the run measured something."""
     return [
-        *_copies(results["get"], "verify_off", "get, unverified, batches of", UNVERIFIED_RATIO),
-        *_copies(results["get"], "verify_on", "get, verified, batches of", VERIFIED_RATIO),
-        *_copies(results["put"], "put", "put, batches of", VERIFIED_RATIO),
-        *_copies(results["put"], "write", "put, its data part alone, batches of", VERIFIED_RATIO),
+        *_copies(results["get"], "verify_off", "get, unverified, by", UNVERIFIED_RATIO),
+        *_copies(results["get"], "verify_on", "get, verified, by", VERIFIED_RATIO),
+        *_copies(results["put"], "put", "put, whole, by", VERIFIED_RATIO),
+        *_copies(results["put"], "write", "put, data part, by", VERIFIED_RATIO),
         *_latency(results["latency"]),
         *_requests(results["core"]),
         *_memory(results["memory"]),
@@ -80,34 +80,34 @@ def _copies(records: list[dict[str, Any]], part: str, what: str, target: float) 
 def _latency(records: list[dict[str, Any]]) -> Iterator[Verdict]:
     for record in records:
         if record["mode"] == "optimistic" and record["from"] == "memory":
-            what = f"one optimistic {size_text(BLOCK_BYTES)} get, {record['check']}, p50"
-            yield Verdict(what, GET_P50_US, record["p50_us"], "µs", False, "from memory, not cache")
+            what = f"one {size_text(BLOCK_BYTES)} get, {record['check']}, p50"
+            yield Verdict(what, GET_P50_US, record["p50_us"], "µs", False, "optimistic, from memory")
 
 
 def _requests(records: list[dict[str, Any]]) -> Iterator[Verdict]:
     for record in records:
         name, keys = record["request"], record["keys"]
         if name == "match" and keys == MATCH_KEYS:
-            yield Verdict(f"match of {keys} keys, server time p50", MATCH_US, record["p50_us"], "µs", False)
+            yield Verdict(f"match of {keys} keys, server p50", MATCH_US, record["p50_us"], "µs", False)
         for request, target in (("reserve+commit", PUT_BLOCKS_PER_S), ("acquire", ACQUIRE_BLOCKS_PER_S)):
             if name == request:
-                yield Verdict(f"{name} of {keys} keys, server", target, record["blocks_per_s"], "blocks/s", True)
+                yield Verdict(f"{name} of {keys} keys", target, record["blocks_per_s"], "blocks/s", True)
 
 
 def _memory(memory: dict[str, Any]) -> Iterator[Verdict]:
     where = f"at {memory['core']['blocks']:,} blocks"
     yield Verdict(
-        "server memory per block, accounted", BYTES_PER_BLOCK, memory["core"]["accounted_bytes_per_block"], "bytes",
+        "table memory per block", BYTES_PER_BLOCK, memory["core"]["accounted_bytes_per_block"], "bytes",
         False, where,
     )  # fmt: skip
     yield Verdict(
-        "server memory per block, whole process", BYTES_PER_BLOCK, memory["server"]["resident_bytes_per_block"],
+        "server memory per block", BYTES_PER_BLOCK, memory["server"]["resident_bytes_per_block"],
         "bytes", False, where,
     )  # fmt: skip
 
 
 def _node(node: dict[str, Any]) -> Verdict:
     return Verdict(
-        "processor time of the nodes per GiB read", NODE_CPU_S_PER_GIB, node["cpu_s_per_gib_beyond_idle"], "s", False,
+        "nodes, CPU per GiB read", NODE_CPU_S_PER_GIB, node["cpu_s_per_gib_beyond_idle"], "s", False,
         "beyond its heartbeats",
     )  # fmt: skip
