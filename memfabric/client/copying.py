@@ -229,10 +229,11 @@ def _unfinished(batch: Batch, n: int, segment_count: int, grouped: bool) -> npt.
 
 
 def _written(status: Checks, digests: npt.NDArray[np.uint64] | None) -> Copied:
+    if not status.any():  # all done, which is nearly always so: DONE is 0, and so is HeaderCheck.OK
+        return Copied(status, len(status), digests)
     checks = np.where(status == DONE, np.uint8(HeaderCheck.OK), np.uint8(HeaderCheck.NOT_READ))
     good = int((checks == HeaderCheck.OK).sum())
-    message = "" if good == len(checks) else "the lease's deadline passed before everything was written"
-    return Copied(checks, good, digests, message)
+    return Copied(checks, good, digests, "the lease's deadline passed before everything was written")
 
 
 def _by_region(place: Place, error: Exception, again: Callable[[Positions], Copied], segment_count: int = 0) -> Copied:
