@@ -25,4 +25,4 @@ def fault_seed() -> int:
 @pytest.fixture
 def fault_seconds() -> float:
     """How long a random schedule lasts: MEMFABRIC_FAULT_SECONDS."""
-    return float(os.environ.get("MEMFABRIC_FAULT_SECONDS") or 20.0)
+    return float(os.environ.get("MEMFABRIC_FAULT_SECONDS") or 15.0)

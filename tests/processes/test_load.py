@@ -23,7 +23,7 @@ def test_load_without_faults_is_without_errors(tmp_path: Path, fault_seed: int, 
         for name in ("a", "b"):
             pool.start_node(name, memory)
         load = Load(pool, seed=fault_seed, chains=12, chain_blocks=24).start(writers=2, readers=2)
-        time.sleep(5.0)
+        time.sleep(3.0)
         total = load.finish()
         info = pool.namespace()
         assert info.writing == 0 and info.quarantined <= total["refused.lease_expired.reserve"] * 24

@@ -32,6 +32,9 @@ class Chaos:
             "freeze server": (3, self.freeze_server),
             "kill worker": (4, self.kill_worker),
             "freeze worker": (4, self.freeze_worker),
+            "freeze several": (4, self.freeze_several),
+            "kill server and node": (2, self.kill_server_and_node),
+            "kill node behind a frozen server": (2, self.kill_node_unnoticed),
         }
 
     def step(self) -> None:
@@ -82,6 +85,42 @@ class Chaos:
         seconds = self.pause(0.1, 1.5)
         self.load.workers[name].thaw()
         return f"{name} {seconds:.2f} s"
+
+    def freeze_several(self) -> str:
+        """Any of the processes, woken in any order."""
+        everybody = {"server": self.pool.server, **self.pool.nodes, **self.load.workers}
+        names = self.random.sample(sorted(everybody), self.random.randint(2, len(everybody)))
+        for name in names:
+            everybody[name].freeze()
+            self.pause(0.0, 0.2)
+        seconds = self.pause(0.0, 2.0)
+        self.random.shuffle(names)
+        for name in names:
+            everybody[name].thaw()
+            self.pause(0.0, 0.2)
+        return f"{', '.join(names)} {seconds:.2f} s"
+
+    def kill_server_and_node(self) -> str:
+        name = self.random.choice(sorted(self.pool.nodes))
+        victims = [self.pool.server, self.pool.nodes[name]]
+        self.random.shuffle(victims)
+        for victim in victims:
+            victim.kill()
+            self.pause(0.0, 0.2)
+        self.pool.start_server()
+        self.pause(0.0, 0.5)
+        self.pool.start_node(name, 2 * MIB, MIB)
+        return name
+
+    def kill_node_unnoticed(self) -> str:
+        name = self.random.choice(sorted(self.pool.nodes))
+        self.pool.server.freeze()
+        self.pause(0.0, 0.3)
+        self.pool.nodes[name].kill()
+        self.pause(0.0, 1.5)
+        self.pool.server.thaw()
+        self.pool.start_node(name, 2 * MIB, MIB)
+        return name
 
 
 def test_random_faults(tmp_path: Path, fault_seed: int, fault_seconds: float) -> None:

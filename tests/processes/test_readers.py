@@ -44,7 +44,7 @@ def test_frozen_reader_never_takes_what_it_read_after_its_lease_for_good(tmp_pat
         pool.wait_nodes("a")
         capacity = pool.namespace().capacity_blocks
         reader, writer = pool.puppet("reader"), pool.puppet("writer")
-        for round_number in range(4):
+        for round_number in range(3):
             old, new = 10 + 2 * round_number, 11 + 2 * round_number
             eventually(
                 lambda old=old: set(writer.ask("put", chain=old, count=capacity)["status"]) <= {PUT_STORED, PUT_EXISTS},
@@ -70,7 +70,7 @@ def test_frozen_reader_never_takes_what_it_read_after_its_lease_for_good(tmp_pat
 
 def test_two_clients_put_the_same_keys_at_once(tmp_path: Path) -> None:
     """Many rounds: exactly one stores each block, the other is told so, and nobody reads half."""
-    rounds, blocks = 60, 12
+    rounds, blocks = 40, 12
     with Pool(tmp_path, SPEC, dead_ns=30_000 * MS) as pool:
         pool.start_node("a", 8 * MIB)
         pool.start_node("b", 8 * MIB)

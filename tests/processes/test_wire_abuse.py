@@ -305,7 +305,7 @@ def test_well_formed_nonsense(pool: Pool, fault_seed: int) -> None:
     pick = random.Random(fault_seed)
     with _dealer(pool.address) as dealer:
         session = _ask(dealer, 0, 1, m.Attach(nonce=ME, namespace="wire")).session
-        for _ in range(1500):
+        for _ in range(1200):
             request = _hostile(pick, session)
             dealer.send(wire.encode(request))
             if not dealer.poll(20_000):
