@@ -17,6 +17,8 @@ from perf.plan import GIB, Plan, size_text
 from perf.pool import BenchPool
 
 SCHEMA = "memfabric-bench/1"
+REPORT_COLUMNS = 110
+"""Of tables that go to a file."""
 
 
 @click.command()
@@ -39,6 +41,8 @@ SCHEMA = "memfabric-bench/1"
 def main(quick: bool, out: Path, directory: Path, plot: bool) -> None:
     """Measure what memfabric costs, as ratios to limits measured in the same run. Never fails on time."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=REPORT_COLUMNS)
     begin_s = time.monotonic()
 
     def tell(line: str) -> None:

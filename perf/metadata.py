@@ -16,13 +16,13 @@ import numpy as np
 from memfabric import BlockKeys, Client, NamespaceSpec, wire
 from memfabric.client import AdminClient
 from memfabric.core import messages as m
-from memfabric.core.layout import HEADER_BASE_BYTES, plan_region
+from memfabric.core.layout import HEADER_BASE_BYTES, SUPERBLOCK_BYTES, plan_region
 from memfabric.core.server import ServerCore
 from memfabric.core.state import Publish, Received, Send, ServerConfig
 from perf import machine
 from perf.blocks import FreshKeys
 from perf.plan import GIB, KIB, Plan
-from perf.pool import NODES, BenchPool
+from perf.pool import BenchPool
 from perf.timing import summary
 
 COUNTS = (512, 4096)
@@ -54,11 +54,9 @@ class Core:
         self._core = ServerCore(ServerConfig(epoch=1, dead_ns=forever_ns, session_ttl_ns=forever_ns))
         self._sequence = 0
         self._session = 0
-        per_region = plan_region(GIB, CORE_BLOCK_BYTES, 1).block_count
-        regions = [
-            m.RegionOffer(region_id=at + 1, size_bytes=GIB, descriptor=b"d")
-            for at in range(-(-capacity_blocks // per_region))
-        ]
+        count = -(-capacity_blocks // plan_region(GIB, CORE_BLOCK_BYTES, 1).block_count)
+        size = -(-capacity_blocks // count) * (CORE_BLOCK_BYTES + HEADER_BASE_BYTES) + 4 * SUPERBLOCK_BYTES
+        regions = [m.RegionOffer(region_id=at + 1, size_bytes=size, descriptor=b"d") for at in range(count)]
         self.ask(m.Register(node="n", incarnation=1, host="h", regions=regions), b"node")
         spec = m.NamespaceSpec(name="ns", block_bytes=CORE_BLOCK_BYTES, high_ratio=1.0, low_ratio=1.0)
         attached, _ = self.ask(m.Attach(nonce=CLIENT, namespace="ns", create=spec))
@@ -105,7 +103,7 @@ def _core_work(table_blocks: int, repeats: int, results: Any) -> None:
     """Runs in a process of its own, so that its memory is the core's."""
     fresh = FreshKeys(seed=7)
     before = machine.resident_bytes()
-    core = Core(table_blocks + 2 * max(COUNTS))
+    core = Core(int(table_blocks * SPARE_RATIO))
     known: list[BlockKeys] = []
     for start in range(0, table_blocks, max(COUNTS)):
         keys = fresh(min(max(COUNTS), table_blocks - start))
@@ -160,8 +158,8 @@ def measure_core(plan: Plan, tell: Callable[[str], None]) -> Measured:
 def measure_wire(pool: BenchPool, plan: Plan, tell: Callable[[str], None]) -> Measured:
     """Memory that the server's process takes per block, and round trips from a client."""
     fresh = FreshKeys(seed=8)
-    # Blocks that nobody writes; their size lets the first regions, one of each node, hold just as many as are wanted.
-    block_bytes = max(8, int(NODES * pool.region_bytes / (plan.table_blocks * SPARE_RATIO)) - HEADER_BASE_BYTES)
+    # Blocks that nobody writes, of a size that fills the pool's regions: the table has as many slots as regions hold.
+    block_bytes = max(8, int(pool.total_bytes / (plan.table_blocks * SPARE_RATIO)) - HEADER_BASE_BYTES)
     spec = NamespaceSpec(name=NAMESPACE, block_bytes=block_bytes, high_ratio=1.0, low_ratio=1.0)
     with AdminClient(pool.address) as admin:
         admin.namespace_create(spec)

@@ -79,6 +79,11 @@ class BenchPool:
         found: dict[str, Any] = json.loads(ready.read_text())
         return found
 
+    @property
+    def total_bytes(self) -> int:
+        """All regions together."""
+        return NODES * REGIONS_PER_NODE * self.region_bytes
+
     def node_cpu_s(self) -> float:
         """Processor time that the memory nodes have used."""
         return sum(machine.cpu_s(pid) for name, pid in self.pids.items() if name != "meta")

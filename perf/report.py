@@ -103,18 +103,18 @@ def _requests(core: list[dict[str, Any]], round_trip: list[dict[str, Any]]) -> T
 
 def _targets(verdicts: list[Verdict]) -> Table:
     table = Table(title="targets")
-    table.add_column("what")
+    table.add_column("what", no_wrap=True)
     table.add_column("target", justify="right", no_wrap=True)
     table.add_column("measured", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    table.add_column("worst at")
+    table.add_column("at")
     for verdict in verdicts:
         sign = "≥" if verdict.at_least else "≤"
         table.add_row(
             verdict.what,
-            f"{sign}{_number(verdict.target, verdict.unit)}",
+            f"{sign} {_number(verdict.target, verdict.unit)}",
             _number(verdict.measured, verdict.unit),
-            "[green]met[/]" if verdict.met else f"[red]missed: {verdict.missed_by:.0%}[/]",
+            "[green]met[/]" if verdict.met else f"[red]missed {verdict.missed_by:.0%}[/]",
             verdict.where,
         )
     return table
@@ -127,4 +127,5 @@ def _number(value: float, unit: str) -> str:
         return f"{value / 1e6:.1f} M/s"
     if unit == "s":
         return f"{value * 1e3:.3g} ms"
-    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    short = {"bytes": "B"}.get(unit, unit)
+    return f"{value:,.0f} {short}" if value >= 100 else f"{value:.3g} {short}"

@@ -81,7 +81,7 @@ def _latency(records: list[dict[str, Any]]) -> Iterator[Verdict]:
     for record in records:
         if record["mode"] == "optimistic" and record["from"] == "memory":
             what = f"one {size_text(BLOCK_BYTES)} get, {record['check']}, p50"
-            yield Verdict(what, GET_P50_US, record["p50_us"], "µs", False, "optimistic, from memory")
+            yield Verdict(what, GET_P50_US, record["p50_us"], "µs", False, "from memory")
 
 
 def _requests(records: list[dict[str, Any]]) -> Iterator[Verdict]:
@@ -95,7 +95,7 @@ def _requests(records: list[dict[str, Any]]) -> Iterator[Verdict]:
 
 
 def _memory(memory: dict[str, Any]) -> Iterator[Verdict]:
-    where = f"at {memory['core']['blocks']:,} blocks"
+    where = f"{memory['core']['blocks']:,} blocks"
     yield Verdict(
         "table memory per block", BYTES_PER_BLOCK, memory["core"]["accounted_bytes_per_block"], "bytes",
         False, where,
