@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import zmq
 
@@ -39,6 +40,9 @@ from memfabric.node.options import NodeOptions
 
 _REGISTER_RETRY_S = 0.5
 _UNREGISTER_TIMEOUT_S = 1.0
+_MIN_HEARTBEAT_S, _MAX_HEARTBEAT_S = 0.005, 60.0
+
+R = TypeVar("R", Registered, Done)
 
 
 class Node:
@@ -154,8 +158,8 @@ class Node:
             self._log.event("warning", "bad_frame", error=str(error)[:300])
             return None
 
-    def _call(self, body: Body, timeout_s: float) -> Registered | Done | Refused:
-        """Ask and wait for the answer; commands that come meanwhile are queued.
+    def _call(self, body: Body, wanted: type[R], timeout_s: float) -> R | Refused:
+        """Ask and wait for the answer; commands that come meanwhile are queued, other messages are dropped.
 
         Raises:
             OutcomeUnknownError: no answer in time.
@@ -168,8 +172,11 @@ class Node:
             message = self._receive(left_s)
             if isinstance(message, Command):
                 self._work.put(message)
-            elif isinstance(message, Reply) and message.sequence in (sequence, 0):
-                assert isinstance(message.body, (Registered, Done, Refused))
+            elif (
+                isinstance(message, Reply)
+                and message.sequence in (sequence, 0)
+                and isinstance(message.body, (wanted, Refused))
+            ):
                 return message.body
         raise OutcomeUnknownError(f"no answer from {self.options.server} within {timeout_s:.1f} s")
 
@@ -184,7 +191,7 @@ class Node:
                 regions=self._arena.offers(),
             )
             try:
-                answer = self._call(body, _REGISTER_RETRY_S)
+                answer = self._call(body, Registered, _REGISTER_RETRY_S)
             except OutcomeUnknownError:
                 answer = None
             if isinstance(answer, Registered):
@@ -213,7 +220,7 @@ class Node:
         self._stopping.wait(seconds)
 
     def _loop(self, registered: Registered) -> None:
-        heartbeat_s = registered.heartbeat_ns / 1e9
+        heartbeat_s = _heartbeat_s(registered)
         next_s = time.monotonic()
         while not self._stopping.is_set():
             now_s = time.monotonic()
@@ -229,7 +236,7 @@ class Node:
                 again = self._must_return(message.body)
                 if again is None:
                     return
-                heartbeat_s = again.heartbeat_ns / 1e9
+                heartbeat_s = _heartbeat_s(again)
 
     def _must_return(self, answer: Refused) -> Registered | None:
         """The server no longer knows this incarnation: come back as a new one. None when `stop` was called."""
@@ -256,7 +263,8 @@ class Node:
 
     def _leave(self) -> None:
         try:
-            self._call(Unregister(node=self.options.name, incarnation=self._arena.incarnation), _UNREGISTER_TIMEOUT_S)
+            body = Unregister(node=self.options.name, incarnation=self._arena.incarnation)
+            self._call(body, Done, _UNREGISTER_TIMEOUT_S)
         except OutcomeUnknownError:
             pass  # the server is gone, or will miss our heartbeats: either way the node is out of the view
 
@@ -275,6 +283,11 @@ class Node:
                 )
             )
             self._wake()
+
+
+def _heartbeat_s(registered: Registered) -> float:
+    """What the server asks for, within what makes sense whatever it asks for."""
+    return min(max(registered.heartbeat_ns / 1e9, _MIN_HEARTBEAT_S), _MAX_HEARTBEAT_S)
 
 
 def _boot_id() -> str:
