@@ -540,10 +540,11 @@ def test_garbage_to_a_node(tmp_path: Path, fault_seed: int) -> None:
     frames = list(_damaged(pick))
     command = m.Command(command=1, epoch=1, incarnation=1, body=m.Unassign(region_id=1))
     frames += [wire.encode(command), wire.encode(m.Reply(session=0, sequence=BIG, epoch=1, body=m.Done()))]
-    frames += [wire.encode(m.Reply(session=0, sequence=0, epoch=1, body=m.Matched(count=5)))]
+    odd = [m.Matched(count=5), m.Done(), m.Refused(code="what", message="why", retry_after_ns=BIG)]
+    always = [wire.encode(m.Reply(session=0, sequence=0, epoch=1, body=body)) for body in odd]
     with Pool(tmp_path, SPEC, dead_ns=30_000 * MS) as pool:
         pool.server.kill()
-        with FakeServer(lambda _: [pick.choice(frames) for _ in range(20)]) as fake:
+        with FakeServer(lambda _: always + [pick.choice(frames) for _ in range(20)]) as fake:
             node = pool.spawn("node-a", "node", **{**pool.node_arguments("a", 2 * MIB), "server": fake.address})
             end_s = time.monotonic() + 20
             while fake.requests < 6 and node.alive and time.monotonic() < end_s:
@@ -558,4 +559,23 @@ def test_garbage_to_a_node(tmp_path: Path, fault_seed: int) -> None:
             admin.namespace_create(SPEC)
         pool.wait_nodes("a")
         _alive(pool)
+        pool.shut_down()
+
+
+@pytest.mark.parametrize("heartbeat_ns", [0, -(2**63), BIG])
+def test_a_node_under_a_server_that_asks_for_odd_heartbeats(tmp_path: Path, heartbeat_ns: int) -> None:
+    """It is taken, told nonsense, and ends in good order when it is told to."""
+
+    def reply(frame: bytes) -> list[bytes]:
+        request = wire.decode(frame, m.Request)
+        known = isinstance(request.body, m.Register)
+        body: Any = m.Registered(heartbeat_ns=heartbeat_ns, dead_ns=BIG) if known else m.Done()
+        return [wire.encode(m.Reply(session=0, sequence=request.sequence, epoch=1, body=body))]
+
+    with Pool(tmp_path, SPEC) as pool:
+        with FakeServer(reply) as fake:
+            node = pool.spawn("node-a", "node", **{**pool.node_arguments("a", 2 * MIB), "server": fake.address})
+            node.wait_event("ready")
+            time.sleep(0.2)
+            assert node.terminate() == 0
         pool.shut_down()
