@@ -118,10 +118,13 @@ def put(
             for part in parts(engine, len(todo), PART_BYTES):
                 why, after_ns = yield from _put_part(engine, keys, memory, tokens, status, todo[part], deadline_ns)
                 message, retry_ns = why or message, max(retry_ns, after_ns)
-        except UnavailableError:
-            if not waited or time.monotonic_ns() < deadline_ns:
+        except (UnavailableError, RefusedError) as error:
+            if waited and isinstance(error, UnavailableError) and time.monotonic_ns() >= deadline_ns:
+                message = before  # the time to wait is over; what was found out before it holds
+            elif (status == PutStatus.STORED).any():
+                message = str(error)  # "nothing happened" would be false by now: the statuses say what did
+            else:
                 raise
-            message = before  # the time to wait is over; what was found out before it holds
             break
         open_ = np.isin(status[todo], (PutStatus.PENDING, PutStatus.NO_SPACE, PutStatus.QUOTA))
         todo = todo[open_]

@@ -40,6 +40,7 @@ from memfabric.node.options import NodeOptions
 
 _REGISTER_RETRY_S = 0.5
 _UNREGISTER_TIMEOUT_S = 1.0
+_BAD_FRAME_LOG_S = 10.0
 _MIN_HEARTBEAT_S, _MAX_HEARTBEAT_S = 0.005, 60.0
 
 R = TypeVar("R", Registered, Done)
@@ -70,6 +71,7 @@ class Node:
         self._work: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[CommandDone] = queue.SimpleQueue()
         self._sequence = 0
+        self._bad_frame_logged_s = -_BAD_FRAME_LOG_S
         self._socket = self._connect()
 
     def _connect(self) -> zmq.Socket[bytes]:
@@ -155,7 +157,9 @@ class Node:
         try:
             return wire.decode(self._socket.recv(zmq.NOBLOCK), Reply, Command)
         except (zmq.Again, wire.FrameError) as error:
-            self._log.event("warning", "bad_frame", error=str(error)[:300])
+            if time.monotonic() - self._bad_frame_logged_s > _BAD_FRAME_LOG_S:
+                self._bad_frame_logged_s = time.monotonic()
+                self._log.event("warning", "bad_frame", error=str(error)[:300])
             return None
 
     def _call(self, body: Body, wanted: type[R], timeout_s: float) -> R | Refused:

@@ -313,6 +313,19 @@ def test_partial_blocks(pool: ThreadPool, client: memfabric.Client) -> None:
         assert next(partial.list_blocks()).tokens.tolist() == [16, 7]
 
 
+def test_a_put_that_is_refused_half_way_says_what_was_stored(
+    client: memfabric.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memfabric.client.writing.PART_BYTES", 2 * BLOCK_BYTES)
+    keys, data = client.block_keys(tokens(4)), blocks(4)
+    result = client.put(keys, data, token_counts=[16, 16, 16, 7])  # the second part is refused
+    assert result.status.tolist() == [PutStatus.STORED, PutStatus.STORED, PutStatus.LOST, PutStatus.LOST]
+    assert "whole blocks only" in result.message
+    assert client.match(keys) == 2
+    with pytest.raises(RefusedError, match="whole blocks only"):
+        client.put(keys[2:], data[2:], token_counts=[7, 16])
+
+
 def test_remove(client: memfabric.Client, other: memfabric.Client) -> None:
     keys, data = client.block_keys(tokens(4)), blocks(4)
     client.put(keys[:3], data[:3])
