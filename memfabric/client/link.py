@@ -77,7 +77,9 @@ class Link:
         """Done when the first session is open, or refused for good."""
         self._listener = listener
         self._session = Session(attach, address, _nonce)
-        self._topics = [f"{kind}/{attach.namespace}".encode() + b"\0" for kind in ("view", "kv")]
+        name = attach.namespace.encode()
+        # What others store is found by asking; only what is gone must be known.
+        self._topics = [b"view/" + name + b"\0", b"kv/" + name + b"\0removed"]
         self._commands: deque[Callable[[int], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lock = threading.Lock()

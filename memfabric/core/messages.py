@@ -416,8 +416,8 @@ class Done(Wire, tag="done", frozen=True, kw_only=True):
 class Attached(Wire, tag="attached", frozen=True, kw_only=True):
     """A session. Requests of it must carry `session` and come from the same connection identity.
 
-    `events` is the address of the PUB socket; topics are ``view/<namespace>`` and ``kv/<namespace>``, each
-    ended by a zero byte so that no name is a prefix of another.
+    `events` is the address of the PUB socket. Topics: ``view/NAME\\0`` (a `View`), ``kv/NAME\\0stored`` and
+    ``kv/NAME\\0removed`` (a `KvEvent`); the zero byte ends the name, so that no name is a prefix of another.
     """
 
     session: int

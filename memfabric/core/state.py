@@ -207,7 +207,7 @@ class State:
         namespace.events += 1
         self.emit(
             Publish(
-                topic("kv", namespace.spec.name),
+                topic("kv", namespace.spec.name) + b"removed",
                 KvEvent(
                     epoch=self.config.epoch,
                     sequence=namespace.events,

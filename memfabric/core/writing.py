@@ -262,7 +262,7 @@ def commit(state: State, session: Session, body: Commit, now_ns: int) -> Committ
         parents = table.valid_parents(stored)
         state.emit(
             Publish(
-                topic("kv", namespace.spec.name),
+                topic("kv", namespace.spec.name) + b"stored",
                 KvEvent(
                     epoch=state.config.epoch,
                     sequence=namespace.events,

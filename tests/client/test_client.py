@@ -336,6 +336,17 @@ def test_remove(client: memfabric.Client, other: memfabric.Client) -> None:
     assert client.get(keys).found_count == 0 and client.match(keys) == 0
 
 
+def test_removals_are_pushed_to_those_who_know_the_place(client: memfabric.Client, other: memfabric.Client) -> None:
+    keys = client.block_keys(tokens(4))
+    client.put(keys, blocks(4)).raise_for_status()
+    assert other.get(keys).ok and other.stats()["known_places"] == 4
+    client.remove(keys)
+    deadline = time.monotonic() + 30
+    while other.stats()["known_places"]:  # without asking: only the pushed event can empty it
+        assert time.monotonic() < deadline, "the removal was never pushed"
+        time.sleep(0.01)
+
+
 # --- bad input ------------------------------------------------------------------------------------------
 
 

@@ -115,6 +115,8 @@ def test_kv_events_have_no_gaps_and_say_why(h: Harness) -> None:
     h.ask(m.Remove(keys=chain(1, 3).keys.tobytes()), session=session)
     events = [p.message for p in h.published if isinstance(p.message, m.KvEvent)]
     assert [event.sequence for event in events] == [1, 2]
+    topics = [p.topic for p in h.published if isinstance(p.message, m.KvEvent)]
+    assert topics == [b"kv/ns\0stored", b"kv/ns\0removed"]
     assert events[0].stored == chain(1, 3).keys.tobytes()
     assert events[0].stored_parents == chain(1, 3).parents.tobytes()
     assert events[1].removed == chain(1, 3).keys.tobytes()
