@@ -114,9 +114,10 @@ class Up:
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
-    """Shells start background jobs with SIGINT ignored, and so would all processes of the tests be."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Shells start background jobs with SIGINT ignored, nohup with SIGHUP; so would all processes of the tests be."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture
