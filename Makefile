@@ -20,7 +20,7 @@ demo: $(DEMO)/.ready ## the main job: prefill and decode of a real model share K
 
 test: $(DEMO)/.ready $(DEV)/.ready ## all tests, the demonstration with the real model among them
 	$(PYTEST) -m "not demo"
-	$(DEMO)/bin/python -m pytest tests/demo
+	$(DEMO)/bin/python -m pytest tests/demo tests/client/test_client.py::test_torch_tensors
 
 test-fast: $(DEV)/.ready ## tests without processes and models
 	$(PYTEST) -m "not demo and not processes"
