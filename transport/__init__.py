@@ -6,20 +6,19 @@ keys or leases, and never imports memfabric. Importing it sets nothing and start
 
 from transport._memory import Room, tightest_room
 from transport._native import Digest, copy_limit, digest, digest_batch, digest_with, implementations
-from transport.base import (
-    Batch,
+from transport.base import Batch, Capabilities, Outcome, Pending, Region, Transport, outcome
+from transport.errors import (
     BoundsError,
-    Capabilities,
     DescriptorError,
     NotConnectedError,
     NotWritableError,
     OutOfMemoryError,
     PeerLostError,
-    Region,
     RegionExistsError,
-    Transport,
+    TimedOutError,
     TransportError,
     UnreachableError,
+    UnsupportedError,
 )
 from transport.shm import ShmRegion, ShmTransport
 
@@ -32,19 +31,24 @@ __all__ = [
     "NotConnectedError",
     "NotWritableError",
     "OutOfMemoryError",
+    "Outcome",
     "PeerLostError",
+    "Pending",
     "Region",
     "RegionExistsError",
     "Room",
     "ShmRegion",
     "ShmTransport",
+    "TimedOutError",
     "Transport",
     "TransportError",
     "UnreachableError",
+    "UnsupportedError",
     "copy_limit",
     "digest",
     "digest_batch",
     "digest_with",
     "implementations",
+    "outcome",
     "tightest_room",
 ]

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from transport.base import RegionExistsError, TransportError
+from transport.errors import RegionExistsError, TransportError
 
 _PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"
 NAME = re.compile(_PATTERN, re.ASCII)

@@ -6,13 +6,19 @@ a handle, and names it in batches.
 
 Invariants:
 - A batch is checked whole before a byte moves: it is refused entirely, or every operation in it is admitted.
-- Every operation of an admitted batch ends with a definite status; the buffers belong to the call until it returns.
-- A digest is of the very bytes that were stored at the destination of the copy, not of a second look at the source.
+- Every operation of an admitted batch ends with a definite status (`outcome` says what it means), by the deadline. The
+  local memory belongs to the batch until it is terminal: when `wait` or `abandon` has returned, nothing touches it.
+- The bytes whose digest a batch gives are the bytes at the destination. A transport that can't hash what it stores in
+  the same pass hashes local memory after a read and before a write.
+- A handle stays with the transport and the owner's life that it was connected to. A broken connection is made anew by
+  the next batch; an owner that was restarted in the meantime is another owner, and never reached by an old handle.
 """
 
 from __future__ import annotations
 
 import abc
+import enum
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,6 +27,8 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from transport.errors import TransportError, UnsupportedError
+
 UInt64Column: TypeAlias = npt.NDArray[np.uint64]
 Int32Column: TypeAlias = npt.NDArray[np.int32]
 UInt8Column: TypeAlias = npt.NDArray[np.uint8]
@@ -28,52 +36,44 @@ UInt8Column: TypeAlias = npt.NDArray[np.uint8]
 _SomeRegion = TypeVar("_SomeRegion", bound="Region")
 _SomeTransport = TypeVar("_SomeTransport", bound="Transport")
 
+Exchange: TypeAlias = Callable[[bytes, int], bytes]
+"""Carries a hello to the region's owner and brings back its welcome, through whatever channel the caller has (the
+metadata server's sockets): ``exchange(hello, deadline_ns)``. Blocks; raises `TransportError` without an answer."""
+
+IDENTITY_BYTES = 16
+MAX_DESCRIPTOR_BYTES = 2048
+
 DONE = 0
 """Status: the operation was performed."""
 NOT_DONE = 1
-"""Status: not begun, because the deadline had passed or because another operation got the batch refused."""
+"""Status: not begun, because the deadline had passed, a connection was lost before, or the batch was refused."""
 OUT_OF_BOUNDS = 2
 """Status: refused; the range lies outside the region, or the local address is null or wraps."""
 REGION_GONE = 3
 """Status: refused; the handle isn't connected."""
 NOT_WRITABLE = 4
 """Status: refused; a write to a region that was connected for reading."""
+PEER_LOST = 5
+"""Status: begun, and the connection broke; a write may or may not have been applied, what a read left is undefined."""
+DENIED = 6
+"""Status: the other side refused it: the region was withdrawn, or its key is stale. Not applied."""
+TIMED_OUT = 7
+"""Status: begun, not finished by the deadline, and cut off; otherwise as `PEER_LOST`."""
 
 
-class TransportError(Exception):
-    """Something a transport was asked for did not happen. Unless a subclass says otherwise, nothing was applied."""
+class Outcome(enum.Enum):
+    """What is known of an operation's effect."""
+
+    APPLIED = "applied"
+    NOT_APPLIED = "not applied"
+    UNKNOWN = "unknown"
 
 
-class PeerLostError(TransportError):
-    """The other side vanished during the operation; whether it was applied is unknown."""
-
-
-class UnreachableError(TransportError):
-    """The region named by a descriptor can't be reached from here: another host, already gone, or not permitted."""
-
-
-class DescriptorError(UnreachableError, ValueError):
-    """A descriptor is malformed, or names something that no region of this transport can be."""
-
-
-class NotConnectedError(TransportError):
-    """A handle is used that this side never connected or has disconnected."""
-
-
-class BoundsError(TransportError):
-    """An operation's range lies outside its region, or its local address is null; the whole batch was refused."""
-
-
-class NotWritableError(TransportError):
-    """A write to a region that was connected, or can only be opened, for reading."""
-
-
-class OutOfMemoryError(TransportError):
-    """A region can't be backed with memory; nothing of it is left behind."""
-
-
-class RegionExistsError(TransportError):
-    """A live owner holds a region of the same name."""
+def outcome(status: int) -> Outcome:
+    """The effect that a status stands for."""
+    if status == DONE:
+        return Outcome.APPLIED
+    return Outcome.UNKNOWN if status in (PEER_LOST, TIMED_OUT) else Outcome.NOT_APPLIED
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,12 @@ class Capabilities:
     """The transport's name as it stands in descriptors."""
     one_sided: bool
     """The node's processor takes no part in reads and writes."""
+    data_path: str
+    """How bytes travel, in words for people, as far as it is known: `"memory copy"`, `"RDMA, rc on mlx5_0:1"`, …"""
+    hosts: bool
+    """Reaches regions on other hosts."""
     inline_digest: bool
-    """Batches fill their digest column. Where False, use `transport.digest_batch` on what arrived."""
+    """Digests are computed in the same pass as the copy. Where False they cost another pass over local memory."""
     ordered: bool
     """With `threads=1` the operations of a batch become visible to every other process in the order given, each whole
     before the next begins. With other values of `threads` parts of a batch may overtake one another. Whatever
@@ -99,8 +103,14 @@ class Capabilities:
     """Failures of the other side that operations notice by themselves."""
     kinds: frozenset[str]
     """Kinds of local memory that operations take: `"cpu"`, `"cuda"`."""
+    region_kinds: frozenset[str]
+    """Kinds of memory that `register` takes for regions; empty where regions can only be created."""
+    needs_exchange: bool
+    """`connect` needs an `Exchange` with the region's owner."""
     max_region_bytes: int
     """Largest region, in bytes."""
+    max_operation_bytes: int
+    """Longest single operation, in bytes."""
 
 
 class Batch:
@@ -120,10 +130,12 @@ class Batch:
         digest: uint64 [groups] or None; out: the segment digest of each group's bytes as they were stored at the
             destination. The digest of the empty stream for a group without operations, 0 for one that was not
             finished before the deadline.
-        status: uint8 [n]; out: `DONE`, `NOT_DONE`, `OUT_OF_BOUNDS`, `REGION_GONE`, `NOT_WRITABLE`.
+        status: uint8 [n]; out: one of the statuses above.
+        error: out: why an operation of the admitted batch is not `DONE`, if one is not; the first that was noticed.
+        kind: Kind of the local memory, `"cpu"` or `"cuda"`; one for the whole batch.
     """
 
-    __slots__ = ("digest", "group", "length", "local", "offset", "region", "status")
+    __slots__ = ("digest", "error", "group", "kind", "length", "local", "offset", "region", "status")
 
     def __init__(
         self,
@@ -134,6 +146,7 @@ class Batch:
         group: Int32Column | None = None,
         digest: UInt64Column | None = None,
         status: UInt8Column | None = None,
+        kind: str = "cpu",
     ) -> None:
         self.local = local
         self.region = region
@@ -142,6 +155,8 @@ class Batch:
         self.group = group
         self.digest = digest
         self.status: UInt8Column = np.empty(len(local), np.uint8) if status is None else status
+        self.error: TransportError | None = None
+        self.kind = kind
 
     def __len__(self) -> int:
         return len(self.local)
@@ -154,7 +169,7 @@ class Region(abc.ABC):
         region_id: The node's number for it.
         size_bytes: Its length.
         buffer: uint8 [size_bytes], writable: the node's own view. Valid as long as somebody refers to it.
-        descriptor: What a client needs to connect; opaque bytes.
+        descriptor: What a client needs to connect, exported; opaque bytes, at most `MAX_DESCRIPTOR_BYTES`.
     """
 
     region_id: int
@@ -166,9 +181,12 @@ class Region(abc.ABC):
     def close(self, unlink: bool = True) -> None:
         """Gives the region up.
 
+        Where the transport has the fence `"region"`, nobody can write or read it from the moment this returns;
+        operations of clients end as `DENIED` or `PEER_LOST`. Otherwise clients that are connected keep what they have
+        until they disconnect.
+
         Args:
-            unlink: Also withdraw it, so that nobody can connect any more. Clients that are connected keep what they
-                have until they disconnect.
+            unlink: Also withdraw it, so that nobody can connect any more.
         """
 
     def __enter__(self: _SomeRegion) -> _SomeRegion:
@@ -180,13 +198,90 @@ class Region(abc.ABC):
         self.close()
 
 
+class Pending(abc.ABC):
+    """A batch that was posted. It must be brought to an end by `wait` or `abandon`, by one thread at a time."""
+
+    @abc.abstractmethod
+    def poll(self) -> bool:
+        """Makes what progress can be made without blocking; whether every operation is terminal.
+
+        When True, the status and digest columns are final and the local memory is the caller's again.
+        """
+
+    @abc.abstractmethod
+    def wait(self) -> int:
+        """Blocks, without the interpreter lock, until every operation is terminal, which is by the batch's deadline.
+
+        Returns:
+            The number of operations done. Where it is less than the batch's length, `Batch.error` says why and the
+            status column which.
+        """
+
+    @abc.abstractmethod
+    def abandon(self) -> int:
+        """Ends the batch now, tearing down connections where that is what it takes. Idempotent.
+
+        When it has returned, nothing touches the local memory; operations that were begun have the outcome unknown.
+
+        Returns:
+            The number of operations that were done nevertheless.
+        """
+
+
+class Finished(Pending):
+    """What transports return that do all of the work in the posting call."""
+
+    __slots__ = ("_done",)
+
+    def __init__(self, done: int) -> None:
+        self._done = done
+
+    def poll(self) -> bool:
+        return True
+
+    def wait(self) -> int:
+        return self._done
+
+    def abandon(self) -> int:
+        return self._done
+
+
 class Transport(abc.ABC):
-    """One way to move bytes. Thread-safe; `close` and leaving the context disconnect everything."""
+    """One way to move bytes. Thread-safe; `close` and leaving the context disconnect everything.
+
+    One object may serve as owner of regions (`register`, `create_region`, `accept`, `fence`), as client (`connect` and
+    what follows), or as both.
+
+    Attributes:
+        identity: 16 bytes drawn for this object; how owners know which client to `fence`.
+    """
+
+    def __init__(self) -> None:
+        self.identity: bytes = os.urandom(IDENTITY_BYTES)
 
     @property
     @abc.abstractmethod
     def capabilities(self) -> Capabilities:
         """What works here."""
+
+    # Owner's side
+
+    def register(self, memory: UInt8Column, region_id: int) -> Region:
+        """Lends memory that exists already. The caller keeps it alive and mapped until the region is closed.
+
+        Part of another region may be registered again: closing that registration is then a fence for those alone who
+        were given its descriptor.
+
+        Args:
+            memory: uint8 [size_bytes], C-contiguous, writable. (GPU memory: see `transport.gpu`.)
+            region_id: 0 to 2^64 - 1.
+
+        Raises:
+            UnsupportedError: The transport lends only memory that it makes; not applied.
+            OutOfMemoryError: The memory can't be registered (locked-memory limit, device limit); not applied.
+            ValueError: A bad argument; not applied.
+        """
+        raise UnsupportedError(f"transport {self.capabilities.name} lends only memory that it makes itself")
 
     @abc.abstractmethod
     def create_region(
@@ -198,13 +293,13 @@ class Transport(abc.ABC):
         mode: int = 0o600,
         progress: Callable[[int], None] | None = None,
     ) -> Region:
-        """Registers fully backed, zeroed memory (node side). Blocks for as long as the system takes to provide it.
+        """Makes and registers fully backed, zeroed memory. Blocks for as long as the system takes to provide it.
 
         Args:
             name: 1 to 64 of `A-Z a-z 0-9 . _ -`, no leading dot; the same for all regions of a node.
             region_id: 0 to 2^64 - 1, unique under the name.
             size_bytes: At least 1.
-            mode: Permission bits of who may connect.
+            mode: Permission bits of who may connect, where the transport has such.
             progress: Called with the number of bytes backed so far, from time to time and at the end; what it raises
                 ends the creation and is passed on. So is KeyboardInterrupt. Nothing is left behind then.
 
@@ -214,13 +309,50 @@ class Transport(abc.ABC):
             ValueError: A bad argument; not applied.
         """
 
-    @abc.abstractmethod
     def sweep(self) -> list[str]:
         """Removes what this user's dead owners left behind. Returns the names of what was removed."""
+        return []
+
+    def accept(self, hello: bytes, identity: bytes) -> bytes:
+        """Answers a client's hello that came through an `Exchange`; returns the welcome.
+
+        Args:
+            hello: What the client's `connect` gave out. Anything may be in it.
+            identity: The client's `identity`, as the channel knows it.
+
+        Raises:
+            UnsupportedError: This transport needs no exchange.
+            DescriptorError: The hello is malformed, of another version, or for another life of this owner.
+        """
+        raise UnsupportedError(f"transport {self.capabilities.name} needs no exchange")
+
+    def fence(self, identity: bytes) -> bool:
+        """Makes it impossible for one client to write any more with the connections that it has; others go on.
+
+        When it has returned, no byte of any region changes through what that client posted before. The client may
+        connect again.
+
+        Returns:
+            Whether the client was connected.
+
+        Raises:
+            UnsupportedError: The transport has no fence `"client"`.
+        """
+        raise UnsupportedError(f"transport {self.capabilities.name} can't fence a client")
+
+    # Client's side
 
     @abc.abstractmethod
-    def connect(self, descriptor: bytes, *, writable: bool) -> int:
-        """Makes a region reachable (client side).
+    def connect(
+        self, descriptor: bytes, *, writable: bool, exchange: Exchange | None = None, deadline_ns: int = 0
+    ) -> int:
+        """Makes a region reachable.
+
+        Args:
+            descriptor: From `Region.descriptor`. Anything may be in it.
+            writable: Also for writing.
+            exchange: For transports whose capabilities say `needs_exchange`. Kept, to connect anew after a loss.
+            deadline_ns: Instant on CLOCK_MONOTONIC; 0: the transport's own limit (seconds).
 
         Returns:
             Its handle: a small integer from 0, used again only after `disconnect`.
@@ -241,42 +373,71 @@ class Transport(abc.ABC):
             NotConnectedError: No such handle.
         """
 
-    @abc.abstractmethod
     def mapped(self, handle: int) -> UInt8Column:
         """A read-only uint8 view [size_bytes] of the region itself. Its bytes change under the reader's eyes.
 
         Raises:
             NotConnectedError: No such handle.
-            TransportError: The transport has no `zero_copy`.
+            UnsupportedError: The transport has no `zero_copy`.
+        """
+        raise UnsupportedError(f"transport {self.capabilities.name} can't map a region")
+
+    def prepare(self, address: int, length: int) -> None:  # noqa: B027  # advice that most need not take
+        """Advice: operations from or to this local memory will follow; it stays valid until `forget` or `close`.
+
+        Transports that register local memory do it now rather than with each batch. Best effort: where it fails,
+        batches are staged through memory of the transport's own.
         """
 
+    def forget(self, address: int, length: int) -> None:  # noqa: B027  # as `prepare`
+        """Ends what `prepare` began; waits for batches that use it. Unknown ranges are ignored."""
+
     @abc.abstractmethod
-    def read(self, batch: Batch, deadline_ns: int = 0, threads: int = 0) -> int:
-        """Copies from regions to local memory; blocks, without the interpreter lock.
+    def post_read(self, batch: Batch, deadline_ns: int = 0, threads: int = 0) -> Pending:
+        """Begins to copy from regions to local memory.
+
+        A transport may do part or all of the work before it returns.
 
         Args:
-            batch: The operations; its status and digest columns are filled.
-            deadline_ns: Instant on CLOCK_MONOTONIC (`time.monotonic_ns`) after which no further operation is begun;
-                looked at before the first operation and then about every 256 KiB, never inside an operation. 0: none.
-            threads: 1: the calling thread only, in order. 0: as many as pay, up to 4. Otherwise 1 to 64. Digests and
-                bytes are the same whatever it is.
-
-        Returns:
-            The number of operations done; less than `len(batch)` only when the deadline passed.
+            batch: The operations; its status, digest and error are filled in the end. Not to be changed until then.
+            deadline_ns: Instant on CLOCK_MONOTONIC (`time.monotonic_ns`) by which the batch ends, done or not. Where
+                the calling thread copies (shm), no operation is begun after it, and it is looked at every 256 KiB or
+                so, never inside an operation. 0: the transport's own limit, if it needs one.
+            threads: 1: the operations are performed in order. 0: as many threads or connections as pay. Otherwise 1 to
+                64. Digests and bytes are the same whatever it is.
 
         Raises:
             BoundsError, NotConnectedError: The batch was refused, nothing applied; the status column says which
                 operations are at fault.
+            UnsupportedError: The local memory is of a kind that this transport doesn't take; not applied.
             ValueError, TypeError, BufferError: A column is malformed; nothing applied.
         """
 
     @abc.abstractmethod
-    def write(self, batch: Batch, deadline_ns: int = 0, threads: int = 0) -> int:
-        """Copies from local memory to regions; otherwise as `read`.
+    def post_write(self, batch: Batch, deadline_ns: int = 0, threads: int = 0) -> Pending:
+        """Begins to copy from local memory to regions; otherwise as `post_read`.
+
+        An operation that is done is visible to whoever reads the region from then on.
 
         Raises:
             NotWritableError: A region of the batch was connected for reading; refused, nothing applied.
         """
+
+    def read(self, batch: Batch, deadline_ns: int = 0, threads: int = 0) -> int:
+        """`post_read` and `wait`."""
+        return self.post_read(batch, deadline_ns, threads).wait()
+
+    def write(self, batch: Batch, deadline_ns: int = 0, threads: int = 0) -> int:
+        """`post_write` and `wait`."""
+        return self.post_write(batch, deadline_ns, threads).wait()
+
+    def flush(self, deadline_ns: int = 0) -> bool:
+        """Waits until every batch that was posted before is terminal; False when the deadline came first."""
+        return True
+
+    def stats(self) -> dict[str, int | str]:
+        """Counters and facts for people, such as `reconnects`, `connections`, `staged_bytes`."""
+        return {}
 
     @abc.abstractmethod
     def close(self) -> None:

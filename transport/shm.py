@@ -30,35 +30,37 @@ from transport import base
 from transport._files import FILE, NAME, Ownership, create_file, remove_dead
 from transport._memory import tightest_room
 from transport._native import Mapping, Mappings
-from transport.base import (
-    Batch,
+from transport.base import Batch, Capabilities, Exchange, Finished, Pending, Region, Transport, UInt8Column
+from transport.errors import (
     BoundsError,
-    Capabilities,
     DescriptorError,
     NotConnectedError,
     NotWritableError,
     OutOfMemoryError,
-    Region,
-    Transport,
+    TimedOutError,
     TransportError,
-    UInt8Column,
     UnreachableError,
+    UnsupportedError,
 )
 
 _STEP_BYTES = 64 << 20
-_MAX_DESCRIPTOR_BYTES = 4096
 _MAX_REGION_BYTES = 1 << 46
 
 _CAPABILITIES = Capabilities(
     name="shm",
     one_sided=True,
+    data_path="memory copy",
+    hosts=False,
     inline_digest=True,
     ordered=True,
     zero_copy=True,
     fences=frozenset(),
     detects=frozenset(),
     kinds=frozenset({"cpu"}),
+    region_kinds=frozenset(),
+    needs_exchange=False,
     max_region_bytes=_MAX_REGION_BYTES,
+    max_operation_bytes=_MAX_REGION_BYTES,
 )
 
 
@@ -115,6 +117,7 @@ class ShmTransport(Transport):
     __slots__ = ("_copy", "_directory", "_guard", "_handles", "_mappings")
 
     def __init__(self, directory: str | os.PathLike[str] = "/dev/shm") -> None:
+        super().__init__()
         self._directory = os.fspath(directory).rstrip("/") or "/"
         self._mappings = Mappings()
         self._copy = self._mappings.copy
@@ -186,7 +189,9 @@ class ShmTransport(Transport):
 
     # Client side
 
-    def connect(self, descriptor: bytes, *, writable: bool) -> int:
+    def connect(
+        self, descriptor: bytes, *, writable: bool, exchange: Exchange | None = None, deadline_ns: int = 0
+    ) -> int:
         told, file = self._decode(descriptor)
         here = _boot_id()
         # Where one side could not tell, the file's device, inode and size have to do.
@@ -200,7 +205,7 @@ class ShmTransport(Transport):
 
     def _decode(self, descriptor: bytes) -> tuple[_Descriptor, str]:
         try:
-            if len(descriptor) > _MAX_DESCRIPTOR_BYTES:
+            if len(descriptor) > base.MAX_DESCRIPTOR_BYTES:
                 raise DescriptorError(f"a descriptor of {len(descriptor)} bytes is too long")
             told = _decoder.decode(descriptor)
         except (msgspec.MsgspecError, UnicodeDecodeError, TypeError, RecursionError) as error:
@@ -269,26 +274,23 @@ class ShmTransport(Transport):
             raise NotConnectedError(f"handle {handle} is not connected")
         return mapping.array(False)
 
+    def post_read(self, batch: Batch, deadline_ns: int = 0, threads: int = 0) -> Pending:
+        return Finished(self.read(batch, deadline_ns, threads))
+
+    def post_write(self, batch: Batch, deadline_ns: int = 0, threads: int = 0) -> Pending:
+        return Finished(self.write(batch, deadline_ns, threads))
+
     def read(self, batch: Batch, deadline_ns: int = 0, threads: int = 0) -> int:
-        done = self._copy(
-            False,
-            batch.local,
-            batch.region,
-            batch.offset,
-            batch.length,
-            batch.group,
-            batch.digest,
-            batch.status,
-            deadline_ns,
-            threads,
-        )
-        if done < 0:
-            raise self._refusal("read", batch, -done)
-        return done
+        return self._run(False, batch, deadline_ns, threads)
 
     def write(self, batch: Batch, deadline_ns: int = 0, threads: int = 0) -> int:
+        return self._run(True, batch, deadline_ns, threads)
+
+    def _run(self, write: bool, batch: Batch, deadline_ns: int, threads: int) -> int:
+        if batch.kind != "cpu":
+            raise UnsupportedError(f"shm copies from and to CPU memory only, not {batch.kind!r}")
         done = self._copy(
-            True,
+            write,
             batch.local,
             batch.region,
             batch.offset,
@@ -300,7 +302,11 @@ class ShmTransport(Transport):
             threads,
         )
         if done < 0:
-            raise self._refusal("write", batch, -done)
+            raise self._refusal("write" if write else "read", batch, -done)
+        if done < len(batch):
+            batch.error = TimedOutError(f"the deadline passed after {done} of {len(batch)} operations")
+        else:
+            batch.error = None
         return done
 
     def _refusal(self, verb: str, batch: Batch, status: int) -> TransportError:

@@ -20,7 +20,8 @@ from memfabric.client.places import Place
 from memfabric.client.verify import HeaderCheck
 from memfabric.core.keys import BlockKeys, KeyArray
 from memfabric.core.layout import BlockState
-from transport.base import DONE, Batch, TransportError
+from transport.base import DONE, Batch
+from transport.errors import TransportError
 
 MERGE_BYTES = 1 << 20
 """Neighbouring blocks are copied as one up to this size, so that threads and deadlines keep something to

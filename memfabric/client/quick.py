@@ -17,7 +17,8 @@ from memfabric._native import QuickReader
 from memfabric.client.engine import Engine
 from memfabric.client.results import StatusColumn
 from memfabric.core.keys import KeyArray
-from transport.base import Batch, TransportError
+from transport.base import Batch
+from transport.errors import TransportError
 
 MAX_BLOCKS = 1024
 MAX_OPERATIONS = 8192

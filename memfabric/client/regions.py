@@ -17,7 +17,8 @@ import numpy.typing as npt
 from memfabric.client.memory import BlockShape
 from memfabric.core import layout
 from memfabric.core.messages import NodeState, RegionView, View
-from transport.base import Transport, TransportError, UInt8Column
+from transport.base import Transport, UInt8Column
+from transport.errors import TransportError
 
 Slots = npt.NDArray[np.int32]
 RegionTable = npt.NDArray[np.int64]
