@@ -20,6 +20,7 @@ from transport.errors import (
     UnreachableError,
     UnsupportedError,
 )
+from transport.registry import create
 from transport.shm import ShmRegion, ShmTransport
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "UnreachableError",
     "UnsupportedError",
     "copy_limit",
+    "create",
     "digest",
     "digest_batch",
     "digest_with",

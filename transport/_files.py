@@ -17,11 +17,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from transport.base import NAME_PATTERN
 from transport.errors import RegionExistsError, TransportError
 
-_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"
-NAME = re.compile(_PATTERN, re.ASCII)
-FILE = re.compile(rf"memfabric\.{_PATTERN}\.[0-9a-f]{{1,16}}", re.ASCII)
+FILE = re.compile(rf"memfabric\.{NAME_PATTERN}\.[0-9a-f]{{1,16}}", re.ASCII)
 DIRECTORY_LOCK_TIMEOUT_S = 5.0
 
 

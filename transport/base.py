@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import abc
 import enum
+import mmap
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -27,7 +29,15 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from transport.errors import TransportError, UnsupportedError
+from transport._memory import available_memory
+from transport.errors import (
+    BoundsError,
+    NotConnectedError,
+    NotWritableError,
+    OutOfMemoryError,
+    TransportError,
+    UnsupportedError,
+)
 
 UInt64Column: TypeAlias = npt.NDArray[np.uint64]
 Int32Column: TypeAlias = npt.NDArray[np.int32]
@@ -41,6 +51,9 @@ Exchange: TypeAlias = Callable[[bytes, int], bytes]
 metadata server's sockets): ``exchange(hello, deadline_ns)``. Blocks; raises `TransportError` without an answer."""
 
 IDENTITY_BYTES = 16
+NAME_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"
+NAME = re.compile(NAME_PATTERN, re.ASCII)
+_STEP_BYTES = 64 << 20
 MAX_DESCRIPTOR_BYTES = 2048
 
 DONE = 0
@@ -373,6 +386,10 @@ class Transport(abc.ABC):
             NotConnectedError: No such handle.
         """
 
+    @abc.abstractmethod
+    def size_of(self, handle: int) -> int:
+        """Bytes of the region behind a handle; 0 where it isn't connected."""
+
     def mapped(self, handle: int) -> UInt8Column:
         """A read-only uint8 view [size_bytes] of the region itself. Its bytes change under the reader's eyes.
 
@@ -417,7 +434,10 @@ class Transport(abc.ABC):
     def post_write(self, batch: Batch, deadline_ns: int = 0, threads: int = 0) -> Pending:
         """Begins to copy from local memory to regions; otherwise as `post_read`.
 
-        An operation that is done is visible to whoever reads the region from then on.
+        An operation that is done is visible to whoever reads the region from then on. Where the capabilities say
+        `ordered`, batches that are posted with `threads=1` by one thread, to the same regions, are performed in the
+        order of their posting. Without `inline_digest` the digests are there when this returns, whatever becomes of
+        the operations.
 
         Raises:
             NotWritableError: A region of the batch was connected for reading; refused, nothing applied.
@@ -435,6 +455,10 @@ class Transport(abc.ABC):
         """Waits until every batch that was posted before is terminal; False when the deadline came first."""
         return True
 
+    def info(self) -> dict[str, str]:
+        """What it is made of, for logs and people: libraries, versions, devices."""
+        return {}
+
     def stats(self) -> dict[str, int | str]:
         """Counters and facts for people, such as `reconnects`, `connections`, `staged_bytes`."""
         return {}
@@ -450,3 +474,50 @@ class Transport(abc.ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def private_memory(
+    name: str, region_id: int, size_bytes: int, most_bytes: int, progress: Callable[[int], None] | None = None
+) -> UInt8Column:
+    """Fully backed, zeroed memory of this process alone, for transports that lend any memory; see `create_region`.
+
+    Raises:
+        ValueError: A bad argument. OutOfMemoryError: Not enough memory.
+    """
+    if not NAME.fullmatch(name):
+        raise ValueError(f"region name {name!r} must be 1 to 64 of A-Z a-z 0-9 . _ - without a leading dot")
+    if not 0 <= region_id < 1 << 64:
+        raise ValueError(f"region_id {region_id} must be from 0 to 2^64 - 1")
+    if not 1 <= size_bytes <= most_bytes:
+        raise ValueError(f"size_bytes {size_bytes} must be from 1 to {most_bytes}")
+    room = available_memory()
+    if room is not None and room.free_bytes < size_bytes:
+        raise OutOfMemoryError(
+            f"a region of {size_bytes} bytes was asked for, but {room.source} allows only {room.free_bytes}; "
+            f"{room.advice}"
+        )
+    memory: UInt8Column = np.frombuffer(mmap.mmap(-1, size_bytes), np.uint8)
+    for start in range(0, size_bytes, _STEP_BYTES):
+        memory[start : start + _STEP_BYTES] = 0  # the system gives it on first touch
+        if progress is not None:
+            progress(min(size_bytes, start + _STEP_BYTES))
+    return memory
+
+
+def refusal(verb: str, batch: Batch, status: int, size_of: Callable[[int], int]) -> TransportError:
+    """The error for a batch that was refused, with the first operation at fault.
+
+    Args:
+        verb: What was tried. size_of: Bytes of a handle's region; 0 where it is not connected.
+    """
+    at = int((batch.status == status).argmax())
+    handle = int(batch.region[at])
+    which = f"{verb} refused, nothing was copied: operation {at} of {len(batch)}"
+    if status == REGION_GONE:
+        return NotConnectedError(f"{which} names handle {handle}, which is not connected")
+    if status == NOT_WRITABLE:
+        return NotWritableError(f"{which} names handle {handle}, which was connected for reading")
+    return BoundsError(
+        f"{which} has local address {int(batch.local[at]):#x}, offset {int(batch.offset[at])}, length "
+        f"{int(batch.length[at])} in handle {handle} of {size_of(handle) or 'unknown'} bytes"
+    )

@@ -27,18 +27,16 @@ from typing import Annotated
 import msgspec
 
 from transport import base
-from transport._files import FILE, NAME, Ownership, create_file, remove_dead
+from transport._files import FILE, Ownership, create_file, remove_dead
 from transport._memory import tightest_room
 from transport._native import Mapping, Mappings
 from transport.base import Batch, Capabilities, Exchange, Finished, Pending, Region, Transport, UInt8Column
 from transport.errors import (
-    BoundsError,
     DescriptorError,
     NotConnectedError,
     NotWritableError,
     OutOfMemoryError,
     TimedOutError,
-    TransportError,
     UnreachableError,
     UnsupportedError,
 )
@@ -139,7 +137,7 @@ class ShmTransport(Transport):
         mode: int = 0o600,
         progress: Callable[[int], None] | None = None,
     ) -> ShmRegion:
-        if not NAME.fullmatch(name):
+        if not base.NAME.fullmatch(name):
             raise ValueError(f"region name {name!r} must be 1 to 64 of A-Z a-z 0-9 . _ - without a leading dot")
         if not 0 <= region_id < 1 << 64:
             raise ValueError(f"region_id {region_id} must be from 0 to 2^64 - 1")
@@ -302,28 +300,16 @@ class ShmTransport(Transport):
             threads,
         )
         if done < 0:
-            raise self._refusal("write" if write else "read", batch, -done)
+            raise base.refusal("write" if write else "read", batch, -done, self.size_of)
         if done < len(batch):
             batch.error = TimedOutError(f"the deadline passed after {done} of {len(batch)} operations")
         else:
             batch.error = None
         return done
 
-    def _refusal(self, verb: str, batch: Batch, status: int) -> TransportError:
-        """The error for a refused batch, with the first operation at fault."""
-        at = int((batch.status == status).argmax())
-        handle = int(batch.region[at])
-        which = f"{verb} refused, nothing was copied: operation {at} of {len(batch)}"
-        if status == base.REGION_GONE:
-            return NotConnectedError(f"{which} names handle {handle}, which is not connected")
-        if status == base.NOT_WRITABLE:
-            return NotWritableError(f"{which} names handle {handle}, which was connected for reading")
+    def size_of(self, handle: int) -> int:
         mapping = self._mappings.find(handle)
-        size = "unknown" if mapping is None else mapping.size_bytes
-        return BoundsError(
-            f"{which} has local address {int(batch.local[at]):#x}, offset {int(batch.offset[at])}, length "
-            f"{int(batch.length[at])} in handle {handle} of {size} bytes"
-        )
+        return 0 if mapping is None else mapping.size_bytes
 
     def close(self) -> None:
         with self._guard:
