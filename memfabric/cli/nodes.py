@@ -29,7 +29,7 @@ from memfabric.cli.parts import attach_to_parent, serving_options, write_ready_f
     epilog=examples(
         """
 memfabric node --memory 4GiB
-memfabric node --name gpu7 --memory 64GiB --region 1GiB --address tcp://10.0.0.1:7170
+memfabric node --name gpu7 --memory 64GiB --region 1GiB --address tcp://10.0.0.1:7170 --insecure
 memfabric node list
 memfabric node drain gpu7
 """
@@ -52,6 +52,13 @@ memfabric node drain gpu7
     default=SHARED_MEMORY,
     help=f"Shared memory to take it from.  [default: ${DIRECTORY_VARIABLE} or {SHARED_MEMORY}]",
 )
+@click.option(
+    "--transport",
+    help="By which to lend it beside shared memory: names, separated by commas, or auto.  [default: auto: nothing else "
+    "while the server is on the loopback, else all that work here]",
+)
+@click.option("--bind", multiple=True, help="Address on which transports listen; may be repeated.")
+@click.option("--insecure", is_flag=True, default=None, help="Allow addresses that other hosts can reach.")
 @serving_options
 @common_options()
 @pass_settings
@@ -61,6 +68,9 @@ def node(
     memory_bytes: int | None,
     region_bytes: int | None,
     directory: Path,
+    transport: str | None,
+    bind: tuple[str, ...],
+    insecure: bool | None,
     ready_file: Path | None,
     parent_pid: int | None,
     report_fd: int | None,
@@ -102,6 +112,9 @@ def node(
             memory_bytes=memory,
             region_bytes=region,
             directory=directory,
+            transport=transport or "auto",
+            bind=bind,
+            insecure=bool(insecure),
             **options,
         ),
         ready=ready,

@@ -49,6 +49,7 @@ class PoolPlan:
         state_dir: where namespaces are kept; None for nowhere.
         log_level: of the processes.
         timeout_s: how long the metadata server may take to answer.
+        transport: as for ``memfabric node``. insecure: allow addresses that other hosts can reach.
     """
 
     address: str
@@ -59,6 +60,8 @@ class PoolPlan:
     state_dir: Path | None = None
     log_level: str = "warning"
     timeout_s: float = 5.0
+    transport: str = "auto"
+    insecure: bool = False
 
 
 @dataclass
@@ -177,13 +180,17 @@ class Pool:
         arguments = ["meta", "--address", plan.address, "--log-level", plan.log_level]
         if plan.state_dir is not None:
             arguments += ["--state-dir", str(plan.state_dir)]
-        return arguments
+        return [*arguments, *self._insecure()]
+
+    def _insecure(self) -> list[str]:
+        return ["--insecure"] if self.plan.insecure else []
 
     def _node_arguments(self, index: int) -> list[str]:
         plan = self.plan
         arguments = ["node", "--name", f"node-{index}", "--address", self.address]
         arguments += ["--memory", str(plan.memory_bytes), "--region", str(plan.region_bytes)]
-        return [*arguments, "--directory", str(plan.directory), "--log-level", plan.log_level]
+        arguments += ["--directory", str(plan.directory), "--log-level", plan.log_level]
+        return [*arguments, "--transport", plan.transport, *self._insecure()]
 
     def _start_child(self, name: str, arguments: list[str]) -> Child:
         child = self._supervisor.start(name, arguments)

@@ -76,7 +76,7 @@ def nodes_table(nodes: list[Doc]) -> Table:
     """One line a node."""
     from rich.text import Text
 
-    made = table("node", "state", ">memory", "in use", ">blocks", ">regions used", ">heartbeat")
+    made = table("node", "state", "lent over", ">memory", "in use", ">blocks", ">regions used", ">heartbeat")
     for node in nodes:
         state = str(node.get("state", NOTHING))
         alive = state != "dead"
@@ -86,6 +86,7 @@ def nodes_table(nodes: list[Doc]) -> Table:
         made.add_row(
             str(node.get("name", NOTHING)),
             Text(state, style=_STATE_STYLES.get(state, "")),
+            ", ".join(node.get("transports") or []) or NOTHING,
             size(node.get("capacity_bytes")) if alive else NOTHING,
             bar(occupied) if occupied is not None and alive else NOTHING,
             count(node.get("used_blocks")) if alive else NOTHING,

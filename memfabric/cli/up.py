@@ -62,6 +62,13 @@ memfabric up --address tcp://127.0.0.1:auto --ready-file pool.json
     help="Where namespaces are kept over restarts.  [default: nowhere]",
 )
 @click.option(
+    "--transport",
+    default="auto",
+    show_default=True,
+    help="By which nodes lend memory beside shared memory: names, separated by commas, or auto.",
+)
+@click.option("--insecure", is_flag=True, help="Allow an address that other hosts can reach.")
+@click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="warning",
@@ -85,6 +92,8 @@ def up(
     region_bytes: int | None,
     directory: Path,
     state_dir: Path | None,
+    transport: str,
+    insecure: bool,
     log_level: str,
     ready_file: Path | None,
 ) -> None:
@@ -109,6 +118,8 @@ def up(
         state_dir=state_dir,
         log_level=log_level,
         timeout_s=settings.timeout_s,
+        transport=transport,
+        insecure=insecure,
     )
     if ready_file is not None:
         ready_file.unlink(missing_ok=True)  # of a pool that was killed

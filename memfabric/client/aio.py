@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, TypeVar
@@ -41,6 +41,8 @@ async def connect_async(
     copy_threads: int = 0,
     name: str | None = None,
     shm_directory: str | None = None,
+    transport: str | Sequence[str] | None = None,
+    transport_options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> AsyncClient:
     """Open a namespace of a pool; arguments and errors as `sync.connect`."""
     opening = asyncio.get_running_loop().run_in_executor(
@@ -56,6 +58,8 @@ async def connect_async(
             copy_threads,
             name,
             shm_directory,
+            transport,
+            transport_options,
         ),
     )
     try:

@@ -20,12 +20,14 @@ from memfabric.client.places import Place
 from memfabric.client.verify import HeaderCheck
 from memfabric.core.keys import BlockKeys, KeyArray
 from memfabric.core.layout import BlockState
-from transport.base import DONE, Batch
+from transport.base import DONE, NOT_DONE, Batch, Outcome, Pending, outcome
 from transport.errors import TransportError
 
 MERGE_BYTES = 1 << 20
 """Neighbouring blocks are copied as one up to this size, so that threads and deadlines keep something to
 divide."""
+
+_UNKNOWN = [status for status in range(16) if outcome(status) is Outcome.UNKNOWN]
 
 Checks = npt.NDArray[np.uint8]
 Positions = npt.NDArray[np.intp]
@@ -40,12 +42,14 @@ class Copied:
         good: how many are OK.
         digests: u64 ``[n × segments of the memory]`` of what was copied, or None.
         message: why blocks were not copied.
+        unknown: writes only: whether something of it may still arrive (a connection was lost, say).
     """
 
     checks: Checks
     good: int
     digests: npt.NDArray[np.uint64] | None = None
     message: str = ""
+    unknown: bool = False
 
 
 def read_blocks(engine: Engine, keys: KeyArray, place: Place, memory: Memory, deadline_ns: int, verify: bool) -> Copied:
@@ -74,6 +78,7 @@ def read_blocks(engine: Engine, keys: KeyArray, place: Place, memory: Memory, de
             done = transport.read(payload, deadline_ns, threads) == len(payload)
             done = transport.read(header, deadline_ns, 1) == n and done
             batch.status = np.concatenate([payload.status, header.status])
+            batch.error = payload.error or header.error
     except (TransportError, IndexError) as error:
         return _by_region(
             place,
@@ -96,7 +101,7 @@ def read_blocks(engine: Engine, keys: KeyArray, place: Place, memory: Memory, de
     if not done:
         checks[_unfinished(batch, n, memory.segment_count, verify)] = HeaderCheck.NOT_READ
         good = int((checks == HeaderCheck.OK).sum())
-    return Copied(checks, good, digests, "" if done else "the deadline passed before everything was read")
+    return Copied(checks, good, digests, "" if done else str(batch.error))
 
 
 def write_headers(
@@ -110,23 +115,8 @@ def write_headers(
 ) -> Copied:
     """Write headers for n blocks: ``WRITING`` before the payload, ``COMPLETE`` with the digests after it."""
     n = len(keys)
-    stride = engine.header_stride
-    headers = np.empty(n * stride, np.uint8)
-    _native.pack_headers(
-        headers,
-        stride,
-        engine.shape.segments,
-        keys.keys,
-        keys.parents,
-        place.generation,
-        tokens,
-        engine.shape.block_bytes,
-        int(state),
-        digests,
-    )
-    nothing = Memory(np.zeros((0, 6), np.int64), np.zeros(n, np.uint64), None, n, 0, 0, ())
     try:
-        batch = _batch(engine, True, place, nothing, False, None, int(headers.ctypes.data), stride, stride)
+        batch, _headers = _header_batch(engine, keys, place, tokens, state, digests)
         engine.transport.write(batch, deadline_ns, 1)
     except (TransportError, IndexError) as error:
         return _by_region(
@@ -142,7 +132,88 @@ def write_headers(
                 deadline_ns,
             ),
         )
-    return _written(batch.status, None)
+    return _written(batch, batch.status, None)
+
+
+def _header_batch(
+    engine: Engine,
+    keys: BlockKeys,
+    place: Place,
+    tokens: npt.NDArray[np.uint32],
+    state: BlockState,
+    digests: npt.NDArray[np.uint64] | None,
+) -> tuple[Batch, npt.NDArray[np.uint8]]:
+    """A batch that writes headers, and their bytes, which must live as long as the batch."""
+    n, stride = len(keys), engine.header_stride
+    headers = np.empty(n * stride, np.uint8)
+    _native.pack_headers(
+        headers,
+        stride,
+        engine.shape.segments,
+        keys.keys,
+        keys.parents,
+        place.generation,
+        tokens,
+        engine.shape.block_bytes,
+        int(state),
+        digests,
+    )
+    nothing = Memory(np.zeros((0, 6), np.int64), np.zeros(n, np.uint64), None, n, 0, 0, ())
+    return _batch(engine, True, place, nothing, False, None, int(headers.ctypes.data), stride, stride), headers
+
+
+def write_in_order(
+    engine: Engine, keys: BlockKeys, place: Place, tokens: npt.NDArray[np.uint32], memory: Memory, deadline_ns: int
+) -> Copied | None:
+    """Headers, payload and headers again, posted at once: for transports that perform batches in order and give a
+    write's digests when it is posted.
+
+    Blocks of which anything failed are not OK, whatever their headers say by then: they are never committed, and what
+    their digests say holds for readers too.
+
+    Returns:
+        None: a batch was refused, because of a region that is gone, say; everything is to be written again.
+    """
+    n = len(keys)
+    digests = np.empty(memory.count * memory.segment_count, np.uint64)
+    posted: list[tuple[Batch, Pending]] = []
+
+    def post(batch: Batch) -> None:
+        posted.append((batch, engine.transport.post_write(batch, deadline_ns, 1)))
+
+    try:
+        begin, begin_bytes = _header_batch(engine, keys, place, tokens, BlockState.WRITING, None)
+        post(begin)
+        post(_batch(engine, True, place, memory, True, digests, 0, 0, 0))
+        # Packed from a copy: of a payload that fails on its way the digests are taken back.
+        end, end_bytes = _header_batch(engine, keys, place, tokens, BlockState.COMPLETE, digests.copy())
+        post(end)
+    except (TransportError, IndexError):
+        for _, pending in posted:
+            pending.abandon()
+        return None
+    except BaseException:
+        for _, pending in posted:
+            pending.abandon()
+        raise
+    try:
+        done = [pending.wait() == len(batch) for batch, pending in posted]
+    except BaseException:  # interrupted: nothing may touch the caller's memory any more
+        for _, pending in posted:
+            pending.abandon()
+        raise
+    del begin_bytes, end_bytes  # until here
+    if all(done):
+        return Copied(np.zeros(n, np.uint8), n, digests)
+    (begin, _), (payload, _), (end, _) = posted
+    bad = (begin.status != DONE) | (end.status != DONE)
+    if not done[1]:
+        bad |= _unfinished(payload, n, memory.segment_count, True)
+    checks = np.where(bad, np.uint8(HeaderCheck.NOT_READ), np.uint8(HeaderCheck.OK))
+    unknown = any(np.isin(batch.status, _UNKNOWN).any() for batch, _ in posted)
+    why = next(str(batch.error) for batch, _ in posted if batch.error is not None)
+    good = int((checks == HeaderCheck.OK).sum())
+    return Copied(checks, good, digests, f"not everything was written: {why}", bool(unknown))
 
 
 def write_payload(engine: Engine, place: Place, memory: Memory, deadline_ns: int) -> Copied:
@@ -160,8 +231,8 @@ def write_payload(engine: Engine, place: Place, memory: Memory, deadline_ns: int
         )
     status = np.zeros(memory.count, np.uint8)
     if not done:
-        status[_unfinished(batch, memory.count, memory.segment_count, True)] = 1
-    return _written(status, digests)
+        status[_unfinished(batch, memory.count, memory.segment_count, True)] = NOT_DONE
+    return _written(batch, status, digests)
 
 
 def _batch(
@@ -229,12 +300,13 @@ def _unfinished(batch: Batch, n: int, segment_count: int, grouped: bool) -> npt.
     return mask
 
 
-def _written(status: Checks, digests: npt.NDArray[np.uint64] | None) -> Copied:
+def _written(batch: Batch, status: Checks, digests: npt.NDArray[np.uint64] | None) -> Copied:
     if not status.any():  # all done, which is nearly always so: DONE is 0, and so is HeaderCheck.OK
         return Copied(status, len(status), digests)
     checks = np.where(status == DONE, np.uint8(HeaderCheck.OK), np.uint8(HeaderCheck.NOT_READ))
     good = int((checks == HeaderCheck.OK).sum())
-    return Copied(checks, good, digests, "the lease's deadline passed before everything was written")
+    unknown = bool(np.isin(batch.status, _UNKNOWN).any())
+    return Copied(checks, good, digests, f"not everything was written: {batch.error}", unknown)
 
 
 def _by_region(place: Place, error: Exception, again: Callable[[Positions], Copied], segment_count: int = 0) -> Copied:
@@ -246,7 +318,7 @@ def _by_region(place: Place, error: Exception, again: Callable[[Positions], Copi
     digests = np.zeros((n, segment_count), np.uint64) if segment_count else None
     if len(slots) == 1:
         return Copied(checks, 0, None if digests is None else digests.reshape(-1), str(error))
-    messages = []
+    messages, unknown = [], False
     for slot in slots:
         at = np.nonzero(place.slot == slot)[0]
         part = again(at)
@@ -254,6 +326,7 @@ def _by_region(place: Place, error: Exception, again: Callable[[Positions], Copi
         if digests is not None and part.digests is not None:
             digests[at] = part.digests.reshape(len(at), segment_count)
         messages.append(part.message)
+        unknown = unknown or part.unknown
     good = int((checks == HeaderCheck.OK).sum())
     flat = None if digests is None else digests.reshape(-1)
-    return Copied(checks, good, flat, "; ".join(dict.fromkeys(text for text in messages if text)))
+    return Copied(checks, good, flat, "; ".join(dict.fromkeys(text for text in messages if text)), unknown)

@@ -34,7 +34,7 @@ from memfabric.core.messages import (
     View,
 )
 from memfabric.errors import MemfabricError, UsageError
-from transport.base import Transport
+from transport.auto import AutoTransport
 
 DEFAULT_LEASE_NS = 10_000_000_000
 
@@ -61,7 +61,7 @@ class Settings:
 class Engine:
     """State of one client of one namespace. Thread-safe."""
 
-    def __init__(self, address: str, attach: Attach, transport: Transport, settings: Settings) -> None:
+    def __init__(self, address: str, attach: Attach, transport: AutoTransport, settings: Settings) -> None:
         """Attach; when this returns, the client works.
 
         Raises:
@@ -187,11 +187,14 @@ class Engine:
         """The lease has ended."""
         self.leases.pop(lease, None)
 
-    def give_back(self, lease: int, *, writing: bool) -> None:
-        """End a lease without waiting for the answer. Of a write lease nothing may be being copied any
-        more."""
+    def give_back(self, lease: int, *, writing: bool, flushed: bool = True) -> None:
+        """End a lease without waiting for the answer.
+
+        Args:
+            flushed: of a write lease: nothing of it is being written any more, nor may still arrive.
+        """
         self.forget_lease(lease)
-        body: Body = Abort(lease=lease) if writing else Release(leases=[lease])
+        body: Body = Abort(lease=lease, flushed=flushed) if writing else Release(leases=[lease])
         self.link.post(body, time.monotonic_ns() + self.settings.timeout_ns)
 
     def stats(self) -> dict[str, Any]:
@@ -207,7 +210,17 @@ class Engine:
             "namespace": self.namespace_name,
             "address": self.link.address,
             "epoch": self.link.epoch,
-            "transport": self.transport.capabilities.name,
+            "transport": ", ".join(dict.fromkeys(c.transport for c in self.transport.choices())) or "not chosen yet",
+            "paths": [
+                {
+                    "node": self.regions.node_of(choice.owner),
+                    "transport": choice.transport,
+                    "data_path": choice.data_path,
+                    "instead_of": choice.instead_of,
+                }
+                for choice in self.transport.choices()
+            ],
+            **self.transport.stats(),
             "known_places": len(self.places),
             "regions": len(self.regions),
             "view_version": self.regions.version[1],
@@ -223,6 +236,7 @@ class Engine:
             return
         self.closed = True
         self.regions.close()  # waits for running copies: from here on nothing is written under our leases
+        self.transport.close()
         self.leases.clear()
         self.link.detach()
         self.link.close()

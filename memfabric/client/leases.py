@@ -7,14 +7,14 @@ It counts from before its request left, so this side always stops earlier than t
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from memfabric import _native
 from memfabric.client.buffers import new_output, resolve, segment_range
-from memfabric.client.copying import Copied, write_headers, write_payload
+from memfabric.client.copying import Copied, read_blocks, write_headers, write_payload
 from memfabric.client.effects import Operation, Work
 from memfabric.client.engine import Engine
 from memfabric.client.places import Place
@@ -23,7 +23,7 @@ from memfabric.client.results import GetResult, GetStatus, PutResult, PutStatus,
 from memfabric.client.verify import HeaderCheck
 from memfabric.client.writing import Reservation, Tokens, commit, reserve
 from memfabric.core.keys import BlockKeys, KeyArray
-from memfabric.core.layout import SUPERBLOCK_BYTES, BlockState
+from memfabric.core.layout import BlockState
 from memfabric.core.messages import CommitStatus, Renew, Renewed
 from memfabric.errors import RefusalCode, RefusedError, UnavailableError, UsageError
 
@@ -39,6 +39,8 @@ class Held:
 
     def __init__(self, engine: Engine, lease_ids: list[int], deadline_ns: int) -> None:
         self.engine = engine
+        self.unknown = False
+        """Write leases: whether something that was written may still arrive."""
         self.lease_ids = lease_ids
         self.deadline_ns = deadline_ns
         self.ended = False
@@ -75,7 +77,7 @@ class Held:
             self.ended = True
             for lease in self.lease_ids:
                 if lease in self.engine.leases:
-                    self.engine.give_back(lease, writing=self.kind == "write")
+                    self.engine.give_back(lease, writing=self.kind == "write", flushed=not self.unknown)
 
 
 class HeldRead(Held):
@@ -98,6 +100,7 @@ class HeldRead(Held):
         )
         self.granted = np.zeros(len(keys), np.bool_)
         self.granted[self.positions] = True
+        self._copies: dict[int, npt.NDArray[np.uint8]] = {}
 
     def read(self, out: Any, segments: slice | None, deadline_ns: int) -> Operation[GetResult]:
         """Read the granted blocks, or some segments of each, into the caller's memory."""
@@ -108,7 +111,7 @@ class HeldRead(Held):
         memory = resolve(out, n, engine.shape, writable=True, first=first, segment_count=count)
         status = np.full(n, GetStatus.MISSING, np.uint8)
         at, place, message = self.positions, self.place, ""
-        reachable = usable(engine, place, writable=False)
+        reachable = yield from usable(engine, place, False, deadline_ns)
         if not reachable.all():
             status[at[~reachable]] = GetStatus.UNREACHABLE
             message = why_not(engine, place, reachable)
@@ -133,42 +136,37 @@ class HeldRead(Held):
         return GetResult(status, out, size, 0, message)
 
     def view(self, index: int, segments: slice | None) -> memoryview:
-        """The block's own memory, read-only."""
+        """The block's own memory, read-only; where the transport has no view of it, a copy that is read now."""
         self.check()
         start, size = self._range(index, segments)
-        slot = int(self.place.slot[self._at(index)])
-        return self.engine.regions.mapped(slot)[start : start + size].data
+        engine, slot = self.engine, int(self.place.slot[self._at(index)])
+        if engine.regions.zero_copy(slot):
+            return engine.regions.mapped(slot)[start : start + size].data
+        block, _ = self._range(index, None)
+        copy = self._read_block(index)
+        if copy is None:
+            raise UnavailableError(f"block {index} cannot be read: it did not arrive whole by the lease's deadline")
+        self._copies[index] = copy
+        return copy[start - block : start - block + size].data.toreadonly()
 
     def verify(self, index: int) -> bool:
-        """Whether the block in the pool is, right now and under a valid lease, exactly what was committed."""
+        """Whether the block in the pool is, right now and under a valid lease, exactly what was committed; and where
+        `view` gave a copy, whether that is it."""
         self.check()
-        engine = self.engine
-        at = self._at(index)
+        now = self._read_block(index)
+        copy = self._copies.get(index)
+        same = now is not None and (copy is None or bool(np.array_equal(now, copy)))
+        return same and time.monotonic_ns() < self.deadline_ns
+
+    def _read_block(self, index: int) -> npt.NDArray[np.uint8] | None:
+        """A verified copy of a block; None where there is none to be had. Blocks for the length of a read."""
         self._range(index, None)
-        place = self.place.select(np.array([at]))
-        region = engine.regions.mapped(int(place.slot[0]))
-        start = SUPERBLOCK_BYTES + int(place.block[0]) * engine.header_stride
-        block, _ = self._range(index, None)
-        size = engine.shape.segment_bytes
-        digests = np.array(
-            [_native.digest(region[block + i * size : block + (i + 1) * size]) for i in range(engine.shape.segments)],
-            np.uint64,
-        )
-        header = np.array(region[start : start + engine.header_stride])
-        checks = np.empty(1, np.uint8)
-        good = _native.check_headers(
-            header,
-            engine.header_stride,
-            engine.shape.segments,
-            engine.shape.block_bytes,
-            self.keys[index : index + 1],
-            place.generation,
-            0,
-            engine.shape.segments,
-            digests,
-            checks,
-        )
-        return good == 1 and time.monotonic_ns() < self.deadline_ns
+        engine = self.engine
+        out = new_output(1, engine.shape, engine.shape.segments)
+        memory = resolve(out, 1, engine.shape, writable=True, first=0, segment_count=engine.shape.segments)
+        place = self.place.select(np.array([self._at(index)]))
+        copied = read_blocks(engine, self.keys[index : index + 1], place, memory, self.deadline_ns, True)
+        return np.asarray(out).reshape(-1) if copied.good == 1 else None
 
     def _at(self, index: int) -> int:
         if not 0 <= index < len(self.keys):
@@ -182,7 +180,8 @@ class HeldRead(Held):
         at, shape = self._at(index), self.engine.shape
         first, count = segment_range(segments, shape)
         place = self.place.select(np.array([at]))
-        if not usable(self.engine, place, writable=False).all():
+        slots = place.slot[place.slot >= 0]
+        if not len(slots) or not self.engine.regions.map(slots, False, self.deadline_ns).all():
             raise UnavailableError(f"block {index}: {why_not(self.engine, place, np.zeros(1, np.bool_))}")
         data_offset = int(self.engine.regions.table(False)[place.slot[0], 1])
         start = data_offset + int(place.block[0]) * shape.block_bytes + first * shape.segment_bytes
@@ -238,12 +237,19 @@ class HeldWrite(Held):
             at, place = self._reachable(start, reservation)
             if len(at):
                 some = BlockKeys(self.keys.keys[at], self.keys.parents[at])
-                yield Work(
+                yield from self._work(
                     lambda some=some, place=place, at=at: write_headers(  # type: ignore[misc]
                         self.engine, some, place, self.tokens[at], BlockState.WRITING, None, self.deadline_ns
                     ),
                     len(at) * self.engine.header_stride,
                 )
+
+    def _work(self, write: Callable[[], Copied], size_bytes: int) -> Operation[Copied]:
+        """Write; if it is interrupted, or cannot tell what became of it, so does the lease's end."""
+        before, self.unknown = self.unknown, True
+        copied: Copied = yield Work(write, size_bytes)
+        self.unknown = before or copied.unknown
+        return copied
 
     def write(self, blocks: Any, segments: slice | None) -> Operation[int]:
         """Write the granted blocks, or some segments of each; returns how many blocks were written."""
@@ -258,7 +264,7 @@ class HeldWrite(Held):
                 continue
             part = memory.select(at)
             self.written[at, first : first + count] = False
-            copied: Copied = yield Work(
+            copied = yield from self._work(
                 lambda place=place, part=part: write_payload(engine, place, part, self.deadline_ns),  # type: ignore[misc]
                 len(at) * count * engine.shape.segment_bytes,
             )
@@ -301,7 +307,7 @@ class HeldWrite(Held):
             at = positions[pick]
             some, place = BlockKeys(self.keys.keys[at], self.keys.parents[at]), reservation.place.select(pick)
             digests = np.ascontiguousarray(self.digests[at]).reshape(-1)
-            copied: Copied = yield Work(
+            copied = yield from self._work(
                 lambda: write_headers(
                     engine, some, place, self.tokens[at], BlockState.COMPLETE, digests, self.deadline_ns
                 ),
@@ -310,7 +316,7 @@ class HeldWrite(Held):
             done[pick] = copied.checks == HeaderCheck.OK
         if time.monotonic_ns() >= self.deadline_ns:
             raise _expired(self.kind)
-        outcome = yield from commit(engine, reservation, done, deadline_ns)
+        outcome = yield from commit(engine, reservation, done, self.unknown, deadline_ns)
         stored = outcome == CommitStatus.STORED
         self.status[positions[stored]] = PutStatus.STORED
         engine.places.learn(self.keys.keys[positions[stored]], reservation.place.select(stored))
@@ -326,6 +332,7 @@ def hold_write(
     """Take write leases over a batch and begin their headers."""
     ttl_ns = engine.lease_ns(ttl_s)
     reservations: list[tuple[int, Reservation]] = []
+    held: HeldWrite | None = None
     try:
         for part in parts(engine, len(keys), part_bytes=1 << 62):
             reservation = yield from reserve(engine, keys[part], tokens[part], ttl_ns, deadline_ns)
@@ -335,6 +342,7 @@ def hold_write(
     except BaseException:
         for _, reservation in reservations:
             if reservation.lease:
-                engine.give_back(reservation.lease, writing=True)
+                flushed = held is None or not held.unknown
+                engine.give_back(reservation.lease, writing=True, flushed=flushed)
         raise
     return held

@@ -40,6 +40,8 @@ from memfabric.core.messages import (
 )
 from memfabric.errors import MemfabricError
 
+CONNECT_BYTES = 1 << 30
+"""What connecting counts as: it may wait for another host, so never on an event loop."""
 LEASE_TRIES = 3
 """Leases taken for a part whose reads end after the lease; then the blocks are reported as expired."""
 PART_BYTES = 1 << 30
@@ -123,7 +125,7 @@ def _optimistic(
     known, place = engine.places.find(keys)
     if not len(place):
         return np.arange(len(keys)), 0
-    engine.regions.map(place.slot, writable=False)  # what cannot be mapped is not read, and asked for
+    yield from usable(engine, place, False, deadline_ns)  # what cannot be reached is not read, and asked for
     at: Positions | None = None
     if known is not None:
         at = np.nonzero(known)[0]
@@ -190,10 +192,13 @@ def columns(raw: bytes, dtype: Any, count: int) -> npt.NDArray[Any]:
     return np.frombuffer(raw, dtype)
 
 
-def usable(engine: Engine, place: Place, writable: bool) -> npt.NDArray[np.bool_]:
-    """Map the regions; which of the places can be reached."""
+def usable(engine: Engine, place: Place, writable: bool, deadline_ns: int) -> Operation[npt.NDArray[np.bool_]]:
+    """Connect to the regions where that was not done yet; which of the places can be reached."""
     mask: npt.NDArray[np.bool_] = place.slot >= 0
-    mask[mask] = engine.regions.map(place.slot[mask], writable)
+    slots = place.slot[mask]
+    if engine.regions.ready(slots, writable):
+        return mask
+    mask[mask] = yield Work(lambda: engine.regions.map(slots, writable, deadline_ns), CONNECT_BYTES)
     return mask
 
 
@@ -240,7 +245,7 @@ def _read_granted(
 ) -> Operation[tuple[str, bool]]:
     """Read what is leased; (message, whether the lease ended before all had landed)."""
     place, message = granted.place, ""
-    reachable = usable(engine, place, writable=False)
+    reachable = yield from usable(engine, place, False, deadline_ns)
     if not reachable.all():
         status[at[~reachable]] = GetStatus.UNREACHABLE
         message = why_not(engine, place, reachable)
@@ -342,7 +347,7 @@ def prefetch(engine: Engine, keys: KeyArray, deadline_ns: int) -> Operation[Pref
         if not granted.lease:
             continue
         try:
-            reachable = usable(engine, granted.place, writable=False)
+            reachable = yield from usable(engine, granted.place, False, deadline_ns)
             at = granted.positions[reachable]
             engine.places.learn(some[at], granted.place.select(reachable))
             found[part.start + at] = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +18,16 @@ import numpy.typing as npt
 from memfabric.client.memory import BlockShape
 from memfabric.core import layout
 from memfabric.core.messages import NodeState, RegionView, View
-from transport.base import Transport, UInt8Column
+from transport.auto import AutoTransport
+from transport.base import UInt8Column
 from transport.errors import TransportError
 
 Slots = npt.NDArray[np.int32]
 RegionTable = npt.NDArray[np.int64]
 """``[slots, 3]``: handle (-1: not mapped), data offset, block count."""
+
+RETRY_NS = 500_000_000
+"""Wait before a region that could not be reached is tried again."""
 
 _HANDLE, _DATA_OFFSET, _BLOCK_COUNT = 0, 1, 2
 
@@ -33,6 +38,8 @@ class _Known:
 
     view: RegionView
     error: str = ""
+    retry_ns: int = 0
+    """Not to be tried again before."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,7 +66,7 @@ def _identity(view: RegionView) -> tuple[str, int, int, int, int, int, bytes]:
 class Regions:
     """All regions of the client's namespace."""
 
-    def __init__(self, transport: Transport, shape: BlockShape) -> None:
+    def __init__(self, transport: AutoTransport, shape: BlockShape) -> None:
         self._transport = transport
         self._shape = shape
         self._lock = threading.Lock()
@@ -116,26 +123,40 @@ class Regions:
         found: Slots = np.where(now.numbers[at] == numbers, now.slots[at], np.int32(-1)).astype(np.int32)
         return found
 
-    def map(self, slots: Slots, writable: bool) -> npt.NDArray[np.bool_]:
-        """Make regions usable; returns which of `slots` are. The reasons of the others: `why_not`."""
+    def ready(self, slots: Slots, writable: bool) -> bool:
+        """Whether all can be used as they are."""
+        return bool((self._tables[writable][slots, _HANDLE] >= 0).all())
+
+    def map(self, slots: Slots, writable: bool, deadline_ns: int = 0) -> npt.NDArray[np.bool_]:
+        """Make regions usable; returns which of `slots` are. The reasons of the others: `why_not`.
+
+        May wait for another host, until the deadline (0: the transport's own limit); what failed is not tried again
+        for `RETRY_NS`. Views are taken meanwhile.
+        """
         handles = self._tables[writable][slots, _HANDLE]
-        if (handles >= 0).all():
-            return np.ones(len(slots), np.bool_)
-        with self._lock:
-            if self._closed:
-                return np.asarray(handles >= 0)
-            table = self._tables[writable].copy()
-            for slot in np.unique(slots[handles < 0]).tolist():
-                if table[slot, _HANDLE] < 0 and table[slot, _BLOCK_COUNT] and slot in self._live.values():
-                    table[slot, _HANDLE] = self._connect(self._known[slot], writable)
-            self._tables[writable] = table
-        usable: npt.NDArray[np.bool_] = table[slots, _HANDLE] >= 0
+        for slot in np.unique(slots[handles < 0]).tolist():
+            with self._lock:
+                row, known = self._tables[writable][slot], self._known[slot]
+                wanted = row[_HANDLE] < 0 and row[_BLOCK_COUNT] and slot in self._live.values()
+                if self._closed or not wanted or time.monotonic_ns() < known.retry_ns:
+                    continue
+            self._connect(slot, known, writable, deadline_ns)
+        usable: npt.NDArray[np.bool_] = self._tables[writable][slots, _HANDLE] >= 0
         return usable
+
+    def node_of(self, owner: bytes) -> str:
+        """Name of the node that lends under this owner's name; empty when no region of it was ever seen."""
+        incarnation = int.from_bytes(owner, "little")
+        return next((known.view.node for known in self._known if known.view.incarnation == incarnation), "")
 
     def why_not(self, slots: Slots) -> str:
         """Why regions cannot be used, each reason once."""
         reasons = [self._known[slot].error or "its node is gone" for slot in np.unique(slots).tolist()]
         return "; ".join(dict.fromkeys(reasons))
+
+    def zero_copy(self, slot: int) -> bool:
+        """Whether `mapped` has a view of a region that is usable for reading."""
+        return self._transport.zero_copy(int(self._tables[False][slot, _HANDLE]))
 
     def mapped(self, slot: int) -> UInt8Column:
         """A read-only view of a region that `map` made usable for reading.
@@ -192,11 +213,22 @@ class Regions:
                 self._tables[writable] = table
         return dropped
 
-    def _connect(self, known: _Known, writable: bool) -> int:
+    # --- inside, without the lock ---
+
+    def _connect(self, slot: int, known: _Known, writable: bool, deadline_ns: int) -> None:
         try:
-            handle = self._transport.connect(known.view.descriptor, writable=writable)
+            handle = self._transport.connect(known.view.descriptor, writable=writable, deadline_ns=deadline_ns)
         except TransportError as error:
             known.error = f"node {known.view.node}: {error}"
-            return -1
+            known.retry_ns = time.monotonic_ns() + RETRY_NS
+            return
         known.error = ""
-        return handle
+        with self._lock:
+            table = self._tables[writable]
+            # Another thread may have been first, or the region may have gone meanwhile.
+            if not self._closed and table[slot, _HANDLE] < 0 and slot in self._live.values():
+                table = table.copy()
+                table[slot, _HANDLE] = handle
+                self._tables[writable] = table
+                return
+        self._transport.disconnect(handle)

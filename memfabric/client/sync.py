@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -38,6 +38,8 @@ def connect(
     copy_threads: int = 0,
     name: str | None = None,
     shm_directory: str | None = None,
+    transport: str | Sequence[str] | None = None,
+    transport_options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Client:
     """Open a namespace of a pool.
 
@@ -54,6 +56,10 @@ def connect(
         name: how the server's status and log call this client; None: program and process id.
         shm_directory: where nodes on this host keep their regions; None: ``$MEMFABRIC_SHM_DIRECTORY``, else
             ``/dev/shm``.
+        transport: by which nodes may be reached: ``"auto"`` (the best that reaches each node: shared memory, RDMA, then
+            what UCX finds), one name, or several, best first; None: ``$MEMFABRIC_TRANSPORT``, else auto. It is chosen
+            once for each node; `Client.stats` says what and why.
+        transport_options: keyword arguments for the transports, by name: ``{"ucx": {"tls": "tcp"}}``.
 
     Raises:
         UnavailableError: no server answered in time. RefusedError: it said no (unknown namespace, another
@@ -61,7 +67,19 @@ def connect(
             wrong. Not applied, except that a namespace may have been created when no answer came.
     """
     return Client(
-        open_engine(address, namespace, fingerprint, create, timeout_s, verify, copy_threads, name, shm_directory)
+        open_engine(
+            address,
+            namespace,
+            fingerprint,
+            create,
+            timeout_s,
+            verify,
+            copy_threads,
+            name,
+            shm_directory,
+            transport,
+            transport_options,
+        )
     )
 
 

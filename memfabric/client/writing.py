@@ -13,7 +13,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from memfabric.client.copying import Checks, Copied, Positions, write_headers, write_payload
+from memfabric.client.copying import Checks, Copied, Positions, write_headers, write_in_order, write_payload
 from memfabric.client.effects import Operation, Pause, Work
 from memfabric.client.engine import Engine
 from memfabric.client.memory import Memory
@@ -23,7 +23,7 @@ from memfabric.client.results import PutResult, PutStatus, StatusColumn
 from memfabric.client.verify import HeaderCheck
 from memfabric.core.keys import BlockKeys
 from memfabric.core.layout import BlockState
-from memfabric.core.messages import Commit, CommitStatus, Committed, Reserve, Reserved, ReserveStatus
+from memfabric.core.messages import Commit, CommitStatus, Committed, Reserve, Reserved, ReserveStatus, Written
 from memfabric.errors import RefusalCode, RefusedError, UnavailableError
 
 Tokens = npt.NDArray[np.uint32]
@@ -76,7 +76,7 @@ def reserve(engine: Engine, keys: BlockKeys, tokens: Tokens, ttl_ns: int, deadli
         status = columns(reply.status, np.uint8, n).copy()  # the codes of ReserveStatus and PutStatus agree up to QUOTA
         granted = np.nonzero(status == ReserveStatus.GRANTED)[0]
         place = yield from locate(engine, reply, answer.epoch, n, granted, deadline_ns)
-        reachable = usable(engine, place, writable=True)
+        reachable = yield from usable(engine, place, True, deadline_ns)
         message = reply.message
         if not reachable.all():
             status[granted[~reachable]] = PutStatus.UNREACHABLE
@@ -90,14 +90,18 @@ def reserve(engine: Engine, keys: BlockKeys, tokens: Tokens, ttl_ns: int, deadli
 
 
 def commit(
-    engine: Engine, reservation: Reservation, written: npt.NDArray[np.bool_], deadline_ns: int
+    engine: Engine, reservation: Reservation, written: npt.NDArray[np.bool_], unknown: bool, deadline_ns: int
 ) -> Operation[Checks]:
     """Make written blocks readable; `written` and the result (`CommitStatus`) are per granted block.
+
+    Args:
+        unknown: whether something of the blocks that were not written may still arrive.
 
     Raises:
         RefusedError: the lease has ended; nothing became readable. OutcomeUnknownError: no answer.
     """
-    mask = written.astype(np.uint8).tobytes()
+    not_written = Written.UNKNOWN if unknown else Written.NO
+    mask = np.where(written, np.uint8(Written.YES), np.uint8(not_written)).tobytes()
     reply, _ = yield from engine.call(Commit(lease=reservation.lease, stored=mask), Committed, deadline_ns)
     engine.forget_lease(reservation.lease)
     return columns(reply.status, np.uint8, len(written))
@@ -168,9 +172,10 @@ def _put_part(
         if not reservation.lease:
             return reservation.message or why, reservation.retry_after_ns
         granted = at[reservation.granted]
+        unknown = True  # until the write has told
         try:
-            written, why = yield from _write(engine, some, tokens[at], memory.select(granted), reservation)
-            outcome = yield from commit(engine, reservation, written, deadline_ns)
+            written, why, unknown = yield from _write(engine, some, tokens[at], memory.select(granted), reservation)
+            outcome = yield from commit(engine, reservation, written, unknown, deadline_ns)
         except RefusedError as error:
             if error.code not in _ENDED:
                 raise
@@ -178,7 +183,7 @@ def _put_part(
         finally:
             # Also after a commit whose outcome is unknown: if it happened, there is nothing left to abort.
             if reservation.lease in engine.leases:
-                engine.give_back(reservation.lease, writing=True)
+                engine.give_back(reservation.lease, writing=True, flushed=not unknown)
         _conclude(engine, some, reservation, outcome, status, granted)
         lost = status[granted] == PutStatus.LOST
         if not lost.any() or time.monotonic_ns() >= deadline_ns:
@@ -189,12 +194,13 @@ def _put_part(
 
 def _write(
     engine: Engine, keys: BlockKeys, tokens: Tokens, memory: Memory, reservation: Reservation
-) -> Operation[tuple[npt.NDArray[np.bool_], str]]:
-    """Write all granted blocks that can be reached; which were written whole before the lease ended."""
+) -> Operation[tuple[npt.NDArray[np.bool_], str, bool]]:
+    """Write all granted blocks that can be reached; which were written whole before the lease ended, why not all, and
+    whether something may still arrive."""
     written = reservation.reachable.copy()
     pick = np.nonzero(written)[0]
     if not len(pick):
-        return written, ""
+        return written, "", False
     whole = len(pick) == len(written)
     place = reservation.place if whole else reservation.place.select(pick)
     memory = memory if whole else memory.select(pick)
@@ -208,16 +214,22 @@ def _write(
     written[pick] = copied.checks == HeaderCheck.OK
     if time.monotonic_ns() >= reservation.deadline_ns:
         written[:] = False
-        return written, "the lease ended before the blocks were written"
-    return written, copied.message
+        return written, "the lease ended before the blocks were written", copied.unknown
+    return written, copied.message, copied.unknown
 
 
 def write_blocks(
     engine: Engine, keys: BlockKeys, place: Place, tokens: Tokens, memory: Memory, deadline_ns: int
 ) -> Copied:
     """Header (writing), payload, header (complete): three batches, each visible before the next begins."""
+    claims = engine.transport.capabilities
+    if claims.ordered and not claims.inline_digest:  # then nobody has to wait in between
+        copied = write_in_order(engine, keys, place, tokens, memory, deadline_ns)
+        if copied is not None:
+            return copied
     begun = write_headers(engine, keys, place, tokens, BlockState.WRITING, None, deadline_ns)
     payload = write_payload(engine, place, memory, deadline_ns)
+    unknown = begun.unknown or payload.unknown
     if begun.good == payload.good == len(keys):
         return write_headers(engine, keys, place, tokens, BlockState.COMPLETE, payload.digests, deadline_ns)
     checks = np.maximum(begun.checks, payload.checks)
@@ -228,8 +240,8 @@ def write_blocks(
         digests = payload.digests.reshape(len(keys), -1)[at].reshape(-1)
         ended = write_headers(engine, some, place.select(at), tokens[at], BlockState.COMPLETE, digests, deadline_ns)
         checks[at] = ended.checks
-        message = message or ended.message
-    return Copied(checks, int((checks == HeaderCheck.OK).sum()), None, message)
+        message, unknown = message or ended.message, unknown or ended.unknown
+    return Copied(checks, int((checks == HeaderCheck.OK).sum()), None, message, unknown)
 
 
 def _conclude(

@@ -323,7 +323,7 @@ def status(state: State, now_ns: int, started_ns: int) -> Document:
                     if region.layout
                 ),
                 "heartbeat_age_ns": max(0, now_ns - node.last_seen_ns),
-                "transport": "shm",
+                "transports": list(node.transports),
             }
         )
     spaces = []

@@ -83,6 +83,7 @@ class Node:
     last_seen_ns: int
     joined_ns: int
     regions: list[int] = dataclasses.field(default_factory=list)
+    transports: tuple[str, ...] = ()
 
 
 def misfit(region: Region, namespace: Namespace) -> str:

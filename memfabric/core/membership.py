@@ -30,7 +30,9 @@ GROW_RATIO = 0.5
 """A namespace gets another region when more than this share of its blocks is in use, while there are any left."""
 MAX_REGIONS_PER_NODE = 65_536
 MAX_REGION_BYTES = 1 << 44
-MAX_DESCRIPTOR_BYTES = 4096
+MAX_DESCRIPTOR_BYTES = 20_480
+"""A combined descriptor: one of each transport (`transport.auto`)."""
+MAX_TRANSPORTS, MAX_TRANSPORT_NAME = 8, 64
 
 
 def _command(state: State, region: Region, body: Assign | Unassign, now_ns: int) -> None:
@@ -209,6 +211,8 @@ def register(state: State, peer: bytes, body: Register, now_ns: int) -> Register
             raise RefusedError(
                 RefusalCode.BAD_REQUEST, f"region {offer.region_id:#x} has an impossible size or descriptor"
             )
+    if len(body.transports) > MAX_TRANSPORTS or any(len(name) > MAX_TRANSPORT_NAME for name in body.transports):
+        raise RefusedError(RefusalCode.BAD_REQUEST, "too many transports, or one with too long a name")
     ids = [offer.region_id for offer in body.regions]
     known = state.cluster.nodes.get(body.node)
     same_life = known is not None and known.incarnation == body.incarnation
@@ -228,6 +232,7 @@ def register(state: State, peer: bytes, body: Register, now_ns: int) -> Register
     if same_life:
         raise _stale(body.node)
     node = Node(body.node, body.incarnation, body.host, peer, NodeState.ACTIVE, last_seen_ns=now_ns, joined_ns=now_ns)
+    node.transports = tuple(body.transports)
     state.cluster.add_node(node, body.regions)
     state.log(
         "info",

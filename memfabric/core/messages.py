@@ -49,6 +49,16 @@ class ReserveStatus(enum.IntEnum):
     QUOTA = 4
 
 
+class Written(enum.IntEnum):
+    """Per block of `Commit.stored`: what the writer did."""
+
+    NO = 0
+    """Nothing, and nothing of it is on its way."""
+    YES = 1
+    UNKNOWN = 2
+    """A connection was lost or a deadline passed during the write: it may still arrive."""
+
+
 class CommitStatus(enum.IntEnum):
     """Per key of `Committed.status`."""
 
@@ -234,9 +244,9 @@ class Reserve(Wire, tag="reserve", frozen=True, kw_only=True):
 
 
 class Commit(Wire, tag="commit", frozen=True, kw_only=True):
-    """Make written blocks readable. `stored` is a mask over the blocks that the reservation granted, in order.
+    """Make written blocks readable. `stored` has a `Written` for each block that the reservation granted, in order.
 
-    Blocks not in the mask are freed. The lease ends.
+    Blocks that were not written are freed, those that may still be written to go into quarantine. The lease ends.
     """
 
     lease: int
@@ -325,12 +335,13 @@ class NodeDrain(Wire, tag="node_drain", frozen=True, kw_only=True):
 
 
 class Register(Wire, tag="register", frozen=True, kw_only=True):
-    """A node announces itself and the regions that it lends."""
+    """A node announces itself and the regions that it lends. `transports`: by which, for people."""
 
     node: str
     incarnation: int
     host: str
     regions: list[RegionOffer]
+    transports: list[str] = []
 
 
 class Heartbeat(Wire, tag="heartbeat", frozen=True, kw_only=True):

@@ -22,6 +22,7 @@ from memfabric.core.messages import (
     Reserve,
     Reserved,
     ReserveStatus,
+    Written,
 )
 from memfabric.core.namespaces import Namespace
 from memfabric.core.rights import end_lease, granted_ttl_ns, live_lease, namespace_of, still_valid
@@ -244,7 +245,10 @@ def commit(state: State, session: Session, body: Commit, now_ns: int) -> Committ
     """
     lease = live_lease(state, session, body.lease, LeaseKind.WRITE, now_ns)
     table = state.table
-    mask = columns.column(body.stored, np.uint8, len(lease.slots), "stored") != 0
+    written = columns.column(body.stored, np.uint8, len(lease.slots), "stored")
+    if (written > Written.UNKNOWN).any():
+        raise RefusedError(RefusalCode.BAD_REQUEST, f"stored: {int(written.max())} is none of 0, 1, 2")
+    mask = written == Written.YES
     namespace = state.namespaces[lease.namespace]
     valid = still_valid(state, lease)
     stored = lease.slots[mask & valid]
@@ -252,7 +256,9 @@ def commit(state: State, session: Session, body: Commit, now_ns: int) -> Committ
     status[mask] = CommitStatus.STORED
     status[~valid] = CommitStatus.LOST
     state.leases.end(lease)
-    state.drop_writing(namespace, lease.slots[~mask & valid], None)
+    state.drop_writing(namespace, lease.slots[(written == Written.NO) & valid], None)
+    until_ns = max(now_ns, lease.deadline_ns) + state.config.quarantine_ns
+    state.drop_writing(namespace, lease.slots[(written == Written.UNKNOWN) & valid], until_ns)
     if len(stored):
         table.state[stored] = SlotState.COMPLETE
         namespace.writing -= len(stored)

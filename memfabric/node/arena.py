@@ -7,7 +7,7 @@ It knows no sockets.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import transport
 from memfabric.core import layout
 from memfabric.core.messages import Assign, RegionOffer, Unassign
 from memfabric.node.options import NodeOptions
+from transport.auto import OWNER_BYTES, combine
 
 _SCRUB_STEP_BYTES = 64 << 20
 
@@ -28,12 +29,15 @@ class Arena:
         self,
         shm: transport.ShmTransport,
         options: NodeOptions,
+        fabrics: Mapping[str, transport.Transport] | None = None,
         *,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         """Back all regions with memory.
 
         Args:
+            fabrics: transports by which the regions are lent beside shared memory, by name. The arena closes them with
+                itself: what clients of another life may still have on its way must never reach this one.
             progress: called with the bytes backed so far.
 
         Raises:
@@ -41,7 +45,9 @@ class Arena:
         """
         self.incarnation = int.from_bytes(os.urandom(7), "little") + 1
         self._node = options.name
+        self._fabrics = dict(fabrics or {})
         self._regions: dict[int, transport.Region] = {}
+        self._lent: dict[int, list[transport.Region]] = {}
         self._done: dict[tuple[int, int], str] = {}
         room = transport.tightest_room(options.directory)
         wanted = options.region_count * options.region_bytes
@@ -61,6 +67,9 @@ class Arena:
 
                 region = shm.create_region(options.name, region_id, options.region_bytes, progress=report)
                 self._regions[region_id] = region
+                self._lent[region_id] = []
+                for fabric in self._fabrics.values():
+                    self._lent[region_id].append(fabric.register(region.buffer, region_id))
                 self._write_superblock(region, layout.Superblock(region_id, self._node, self.incarnation, 0))
         except BaseException:
             self.close()
@@ -68,10 +77,20 @@ class Arena:
 
     def offers(self) -> list[RegionOffer]:
         """What to register."""
-        return [
-            RegionOffer(region_id=region_id, size_bytes=region.size_bytes, descriptor=region.descriptor)
-            for region_id, region in self._regions.items()
-        ]
+        owner = self.incarnation.to_bytes(OWNER_BYTES, "little")
+        offers = []
+        for region_id, region in self._regions.items():
+            lent = zip(self._fabrics, self._lent[region_id], strict=True)
+            parts = [("shm", region.descriptor), *((name, other.descriptor) for name, other in lent)]
+            offers.append(
+                RegionOffer(region_id=region_id, size_bytes=region.size_bytes, descriptor=combine(owner, parts))
+            )
+        return offers
+
+    @property
+    def transports(self) -> list[str]:
+        """By which the regions are lent."""
+        return ["shm", *self._fabrics]
 
     def execute(self, epoch: int, command: int, body: Assign | Unassign) -> str:
         """Do a command, once however often it comes; returns the error text, empty on success."""
@@ -122,7 +141,16 @@ class Arena:
         _bytes_of(region)[: layout.SUPERBLOCK_BYTES] = np.frombuffer(superblock.pack(), np.uint8)
 
     def close(self) -> None:
-        """Give all memory back; clients that still map a region keep reading their own view of it."""
+        """Give all memory back; clients that still map a region keep reading their own view of it.
+
+        The other transports end first: when the memory goes, nothing that comes over them can reach it any more.
+        """
+        for lent in self._lent.values():
+            for other in lent:
+                other.close()
+        self._lent.clear()
+        for fabric in self._fabrics.values():
+            fabric.close()
         for region in self._regions.values():
             region.close()
         self._regions.clear()

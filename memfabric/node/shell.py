@@ -34,8 +34,9 @@ from memfabric.core.messages import (
     Request,
     Unregister,
 )
-from memfabric.errors import OutcomeUnknownError, RefusalCode, RefusedError, UnavailableError
+from memfabric.errors import OutcomeUnknownError, RefusalCode, RefusedError, UnavailableError, UsageError
 from memfabric.node.arena import Arena
+from memfabric.node.fabrics import make_fabrics
 from memfabric.node.options import NodeOptions
 
 _REGISTER_RETRY_S = 0.5
@@ -64,7 +65,7 @@ class Node:
         swept = self._shm.sweep()
         if swept:
             self._log.event("info", "removed_leftovers", files=len(swept))
-        self._arena = Arena(self._shm, options, progress=progress)
+        self._arena = self._make_arena()
         self._context = zmq.Context(io_threads=1)
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._stopping = threading.Event()
@@ -73,6 +74,26 @@ class Node:
         self._sequence = 0
         self._bad_frame_logged_s = -_BAD_FRAME_LOG_S
         self._socket = self._connect()
+
+    def _make_arena(self) -> Arena:
+        """Regions and the transports that lend them: new ones for every incarnation.
+
+        Raises:
+            UsageError: a transport cannot be used. transport.TransportError: memory is short.
+        """
+        fabrics, missing = make_fabrics(self.options)
+        try:
+            arena = Arena(self._shm, self.options, fabrics, progress=self._progress)
+        except BaseException:
+            for each in fabrics.values():
+                each.close()
+            raise
+        for name, each in fabrics.items():
+            facts = {key: value for key, value in each.info().items() if "\n" not in value}
+            self._log.event("info", "transport", transport=name, path=each.capabilities.data_path, **facts)
+        for name, why in missing.items():
+            self._log.event("warning", "transport_not_usable", transport=name, why=why[:300])
+        return arena
 
     def _connect(self) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.DEALER)
@@ -193,6 +214,7 @@ class Node:
                 incarnation=self._arena.incarnation,
                 host=_boot_id(),
                 regions=self._arena.offers(),
+                transports=self._arena.transports,
             )
             try:
                 answer = self._call(body, Registered, _REGISTER_RETRY_S)
@@ -258,11 +280,12 @@ class Node:
         self._arena.close()
         while not self._stopping.is_set():
             try:
-                self._arena = Arena(self._shm, self.options, progress=self._progress)
+                self._arena = self._make_arena()
                 return
-            except transport.OutOfMemoryError as error:
-                # Clients may still map the old regions; they let go when they see the new view.
-                self._log.event("error", "no_memory_yet", error=str(error))
+            except (transport.TransportError, UsageError) as error:
+                # Clients may still map the old regions; they let go when they see the new view. A network may be back
+                # in a moment, too.
+                self._log.event("error", "no_regions_yet", error=str(error)[:500])
                 self._pause(1.0)
 
     def _leave(self) -> None:

@@ -19,6 +19,8 @@ from memfabric.node import Node, NodeOptions
 from memfabric.server import Server, ServerOptions
 
 MIB = 1 << 20
+TRANSPORT = os.environ.get("MEMFABRIC_TEST_TRANSPORT", "auto")
+"""Of nodes and clients of every test that does not choose one itself."""
 
 
 class ThreadPool:
@@ -43,6 +45,7 @@ class ThreadPool:
                 memory_bytes=self.memory_bytes,
                 region_bytes=self.region_bytes,
                 directory=self.directory,
+                transport=TRANSPORT,
             )
         )
         thread = threading.Thread(target=node.run, kwargs={"ready": ready.set}, daemon=True)
@@ -105,6 +108,7 @@ class ProcessPool:
 
     def add_node(self, name: str, memory_bytes: int = 16 * MIB, region_bytes: int = 4 * MIB) -> None:
         arguments = ["--name", name, "--address", self.address, "--directory", str(self.directory)]
+        arguments += ["--transport", TRANSPORT]
         self._start(name, "node", *arguments, "--memory", str(memory_bytes), "--region", str(region_bytes))
 
     def restart_server(self) -> None:

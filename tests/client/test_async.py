@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from typing import Any
@@ -132,14 +133,16 @@ def test_a_cancelled_copy_is_waited_for(pool: ThreadPool) -> None:
     async def main() -> None:
         async with await open_client(pool) as client:
             started, release = threading.Event(), threading.Event()
-            write = client._engine.transport.write
+            transport = client._engine.transport
+            calls = {"write": transport.write, "post_write": transport.post_write}
 
-            def slow(*arguments: Any) -> int:
+            def slow(name: str, *arguments: Any) -> Any:
                 started.set()
                 release.wait(10)
-                return write(*arguments)
+                return calls[name](*arguments)
 
-            client._engine.transport.write = slow  # type: ignore[method-assign]
+            for name in calls:
+                setattr(transport, name, functools.partial(slow, name))
             task = asyncio.create_task(client.put(client.block_keys(tokens(20)), blocks(20)))
             await asyncio.to_thread(started.wait, 10)
             task.cancel()
@@ -148,7 +151,8 @@ def test_a_cancelled_copy_is_waited_for(pool: ThreadPool) -> None:
             release.set()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            del client._engine.transport.write
+            for name in calls:
+                delattr(transport, name)
             await asyncio.to_thread(wait_for, lambda: not pool.server.core.state.leases.all())
 
     asyncio.run(main())

@@ -162,7 +162,7 @@ def test_a_node_that_leaves_takes_its_blocks_and_regions(pool: ThreadPool) -> No
 def test_regions_of_another_place_are_unreachable_not_wrong(pool: ThreadPool, client: memfabric.Client) -> None:
     keys, data = client.block_keys(tokens(4)), blocks(4)
     client.put(keys, data)
-    with memfabric.connect(pool.address, namespace="demo", shm_directory="/tmp") as stranger:
+    with memfabric.connect(pool.address, namespace="demo", shm_directory="/tmp", transport="shm") as stranger:
         result = stranger.get(keys)
         assert result.status.tolist() == [GetStatus.UNREACHABLE] * 4
         assert "/tmp" in result.message

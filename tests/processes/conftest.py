@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 
 import pytest
@@ -14,15 +12,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in Path(item.path).parents:
             item.add_marker(pytest.mark.processes)
-
-
-@pytest.fixture
-def fault_seed() -> int:
-    """Seed of random schedules: MEMFABRIC_FAULT_SEED, or a new one each time. A failure prints it."""
-    return int(os.environ.get("MEMFABRIC_FAULT_SEED") or time.time_ns() % 1_000_000_007)
-
-
-@pytest.fixture
-def fault_seconds() -> float:
-    """How long a random schedule lasts: MEMFABRIC_FAULT_SECONDS."""
-    return float(os.environ.get("MEMFABRIC_FAULT_SECONDS") or 15.0)

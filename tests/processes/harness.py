@@ -29,6 +29,8 @@ from memfabric.core.messages import NamespaceSpec
 from memfabric.errors import RefusedError
 from transport import ShmTransport
 
+TRANSPORT = os.environ.get("MEMFABRIC_TEST_TRANSPORT", "auto")
+"""Of nodes and clients of every test that does not choose one itself."""
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 MS = 1_000_000
@@ -174,14 +176,16 @@ class Child:
 class Pool:
     """A pool of real processes in a private shared-memory directory. A context manager."""
 
-    def __init__(self, scratch: Path, spec: NamespaceSpec, **server: Any) -> None:
-        """`server`: fields of `ServerOptions`."""
-        self.scratch, self.spec = scratch, spec
+    def __init__(
+        self, scratch: Path, spec: NamespaceSpec, *, transport: str = TRANSPORT, address: str = "", **server: Any
+    ) -> None:
+        """`transport` is of nodes and clients; `server`: fields of `ServerOptions`."""
+        self.scratch, self.spec, self.transport = scratch, spec, transport
         self.server_options: dict[str, Any] = {"session_ttl_ns": 4000 * MS, "quarantine_ns": 500 * MS, **server}
         self.directory = Path(tempfile.mkdtemp(prefix="mf-test-", dir="/dev/shm"))
         self.records = scratch / "records"
         self.records.mkdir(exist_ok=True)
-        self.address = "tcp://127.0.0.1:0"
+        self.address = address or "tcp://127.0.0.1:0"
         self.children: list[Child] = []
         self._count = 0
         self.server: Child
@@ -235,6 +239,8 @@ class Pool:
             "memory_bytes": memory,
             "region_bytes": region or memory,
             "directory": str(self.directory),
+            "transport": self.transport,
+            "insecure": bool(self.server_options.get("insecure")),
         }
 
     def start_node(self, name: str, memory: int = 8 * MIB, region: int | None = None) -> Child:
@@ -254,6 +260,7 @@ class Pool:
             spec=spec_arguments(self.spec),
             records=str(self.records / f"{self._count:03}-{name}.records"),
             writer=self._count,
+            transport=self.transport,
             **arguments,
         )
         if ready:
@@ -272,6 +279,7 @@ class Pool:
             namespace=self.spec.name,
             create=self.spec,
             shm_directory=str(self.directory),
+            transport=self.transport,
             **{"timeout_s": 20.0, **arguments},
         )
 

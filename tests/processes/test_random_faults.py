@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from memfabric.client import GetStatus
 from memfabric.core.messages import NamespaceSpec
 from memfabric.errors import MemfabricError
@@ -123,15 +125,19 @@ class Chaos:
         return name
 
 
-def test_random_faults(tmp_path: Path, fault_seed: int, fault_seconds: float) -> None:
+@pytest.mark.parametrize("transport", ["shm", "ucx"])
+def test_random_faults(tmp_path: Path, fault_seed: int, fault_seconds: float, transport: str) -> None:
+    if transport == "ucx":
+        pytest.importorskip("libucx", reason="UCX's libraries are not installed (extra `ucx`)")
     spec = NamespaceSpec(name="chaos", block_bytes=32768, segments=4)
     print(
         f"rerun with: MEMFABRIC_FAULT_SEED={fault_seed} MEMFABRIC_FAULT_SECONDS={fault_seconds:g} "
-        "python -m pytest tests/processes/test_random_faults.py"
+        f"python -m pytest tests/processes/test_random_faults.py -k {transport}"
     )
     with Pool(
         tmp_path,
         spec,
+        transport=transport,
         heartbeat_ns=200 * MS,
         dead_ns=int(DEAD_S * 1e9),
         session_ttl_ns=2000 * MS,

@@ -77,7 +77,7 @@ def _alive(pool: Pool) -> None:
 
 @pytest.fixture
 def pool(tmp_path: Path) -> Iterator[Pool]:
-    with Pool(tmp_path, SPEC, dead_ns=30_000 * MS) as pool:
+    with Pool(tmp_path, SPEC, dead_ns=30_000 * MS, max_lease_ns=3000 * MS) as pool:  # a hostile lease ends in time
         pool.start_node("a", 4 * MIB, 2 * MIB)
         pool.wait_nodes("a")
         yield pool
@@ -542,7 +542,7 @@ def test_garbage_to_a_node(tmp_path: Path, fault_seed: int) -> None:
     frames += [wire.encode(command), wire.encode(m.Reply(session=0, sequence=BIG, epoch=1, body=m.Done()))]
     odd = [m.Matched(count=5), m.Done(), m.Refused(code="what", message="why", retry_after_ns=BIG)]
     always = [wire.encode(m.Reply(session=0, sequence=0, epoch=1, body=body)) for body in odd]
-    with Pool(tmp_path, SPEC, dead_ns=30_000 * MS) as pool:
+    with Pool(tmp_path, SPEC, dead_ns=30_000 * MS, max_lease_ns=3000 * MS) as pool:  # a hostile lease ends in time
         pool.server.kill()
         with FakeServer(lambda _: always + [pick.choice(frames) for _ in range(20)]) as fake:
             node = pool.spawn("node-a", "node", **{**pool.node_arguments("a", 2 * MIB), "server": fake.address})

@@ -53,6 +53,7 @@ class Worker:
         timeout_s: float = 5.0,
         seed: int = 0,
         connect_s: float = 30.0,
+        transport: str = "auto",
     ) -> None:
         self.spec = NamespaceSpec(**spec)
         self.random = random.Random(seed)
@@ -63,7 +64,7 @@ class Worker:
         self.wrong: list[str] = []
         self._armed_s = 0.0
         self._watch()
-        self.address, self.directory = address, directory
+        self.address, self.directory, self.transport_name = address, directory, transport
         self.client = self._connect(connect_s)
 
     def _connect(self, connect_s: float) -> memfabric.Client:
@@ -78,6 +79,7 @@ class Worker:
                     create=self.spec,
                     timeout_s=self.timeout_s,
                     shm_directory=self.directory,
+                    transport=self.transport_name,
                 )
             except UnavailableError:
                 if time.monotonic() > end_s:
