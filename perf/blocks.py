@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 import transport
 from memfabric import BlockKeys, Client
-from transport.shm import ShmTransport
 
 Bytes = npt.NDArray[np.uint8]
 Addresses = npt.NDArray[np.uint64]
@@ -90,7 +89,6 @@ def addresses(client: Client, keys: BlockKeys, *, writable: bool) -> Addresses:
 def enter_pages(client: Client, *, writable: bool) -> None:
     """Map all regions and enter their pages into the page tables: what is measured is the steady state."""
     engine = client._engine
-    assert isinstance(engine.transport, ShmTransport)
     engine.regions.map(np.arange(len(engine.regions.table(writable)), dtype=np.int32), writable)
     for handle in engine.regions.table(writable)[:, 0].tolist():
         if handle >= 0:

@@ -21,7 +21,7 @@ def show(console: Console, results: dict[str, Any], verdicts: list[Verdict]) -> 
     console.print(_readers(results["readers"]))
     console.print(_latency(results["latency"]))
     console.print(_requests(results["core"], results["round_trip"]))
-    console.print(_targets(verdicts))
+    console.print(targets_table(verdicts))
     cost = results["verification"]
     console.print(
         f"Verification costs {cost['median_percent']:.0f} % more time on gets from 64 KiB up "
@@ -101,7 +101,8 @@ def _requests(core: list[dict[str, Any]], round_trip: list[dict[str, Any]]) -> T
     return table
 
 
-def _targets(verdicts: list[Verdict]) -> Table:
+def targets_table(verdicts: list[Verdict]) -> Table:
+    """Every promise beside what came of it."""
     table = Table(title="targets")
     table.add_column("what", no_wrap=True)
     table.add_column("target", justify="right", no_wrap=True)
@@ -121,7 +122,7 @@ def _targets(verdicts: list[Verdict]) -> Table:
 
 
 def _number(value: float, unit: str) -> str:
-    if unit == "of memcpy":
+    if unit.startswith("of "):
         return f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
     if unit == "blocks/s":
         return f"{value / 1e6:.1f} M/s"

@@ -16,6 +16,9 @@ MATCH_KEYS, MATCH_US = 4096, 1000.0
 PUT_BLOCKS_PER_S, ACQUIRE_BLOCKS_PER_S = 500_000, 1_000_000
 BYTES_PER_BLOCK = 200.0
 NODE_CPU_S_PER_GIB = 0.001
+STREAM_RATIOS = {(64 * KIB, 128): 0.7, (1024 * KIB, 16): 0.9, (1024 * KIB, 64): 0.9}
+"""Of a plain socket stream on the same cable, by (block_bytes, batch)."""
+SMALL_BLOCK_US = 2.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,22 @@ def judge(results: dict[str, Any]) -> list[Verdict]:
         *_memory(results["memory"]),
         _node(results["node"]),
     ]
+
+
+def judge_fabric(results: dict[str, Any]) -> list[Verdict]:
+    """The same for `perf.fabric`."""
+    verdicts = []
+    for record in results["tcp"]:
+        target = STREAM_RATIOS.get((record["block_bytes"], record["batch"]))
+        for what in ("get", "put"):
+            if target is not None:
+                name = f"{what}, UCX over TCP, {size_text(record['block_bytes'])} x {record['batch']}"
+                verdicts.append(Verdict(name, target, record[what]["ratio"]["median"], "of a stream", True))
+    small = results["same_host"]
+    for what in ("read", "write"):
+        name = f"{what}, UCX on one host, {size_text(small['block_bytes'])} x {small['batch']}, per block"
+        verdicts.append(Verdict(name, SMALL_BLOCK_US, small[what]["us_per_block"], "µs", False, small["data_path"]))
+    return verdicts
 
 
 def _copies(records: list[dict[str, Any]], part: str, what: str, target: float) -> Iterator[Verdict]:

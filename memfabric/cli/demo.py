@@ -17,6 +17,7 @@ from memfabric.cli.memory import DIRECTORY_VARIABLE, SHARED_MEMORY
         """
 memfabric demo
 memfabric demo --repeats 5 --out results
+memfabric demo --hosts
 memfabric demo --json --quiet > report.json
 """
     ),
@@ -57,6 +58,7 @@ memfabric demo --json --quiet > report.json
 @click.option(
     "--step-timeout", "step_timeout_ns", type=DURATION, help="How long one process may take.  [default: 15min]"
 )
+@click.option("--hosts", is_flag=True, help="On two hosts (network namespaces; needs root), over UCX and TCP.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @common_options(json=True, server=False)
 @pass_settings

@@ -24,7 +24,10 @@ import msgspec
 
 from memfabric.demo import messages
 from memfabric.demo.report import DemoError, DemoOptions
+from memfabric.testing.hosts import Host
 
+HOSTS_TRANSPORT = "ucx"
+"""Between hosts. Theirs share this machine's memory, so it must be said."""
 _STOP_S = 10.0
 _TAIL_LINES = 12
 _ENVIRONMENT = {
@@ -51,20 +54,24 @@ class Pool:
 
 
 @contextlib.contextmanager
-def run_pool(options: DemoOptions) -> Iterator[Pool]:
-    """A metadata server and memory nodes for as long as the context lasts.
+def run_pool(options: DemoOptions, host: Host | None = None) -> Iterator[Pool]:
+    """A metadata server and memory nodes for as long as the context lasts, on `host` if there are several.
 
     Raises:
         DemoError: it did not come up (no room in shared memory, say), or did not end cleanly.
     """
     with tempfile.TemporaryDirectory(prefix="memfabric-demo-") as folder, tempfile.TemporaryFile() as log:
         ready = Path(folder) / "ready.json"
-        arguments = ["up", "--address", "tcp://127.0.0.1:auto", "--nodes", str(options.node_count)]
+        address = "127.0.0.1" if host is None else host.address
+        arguments = ["up", "--address", f"tcp://{address}:auto", "--nodes", str(options.node_count)]
+        if host is not None:  # a network of its own that nobody else is on
+            arguments += ["--insecure", "--transport", HOSTS_TRANSPORT]
         arguments += ["--memory", str(options.node_bytes), "--region", str(options.region_bytes)]
         arguments += ["--ready-file", str(ready)]
         if options.shm_directory is not None:
             arguments += ["--directory", str(options.shm_directory)]
-        process = _start(arguments, stdout=log, stderr=log)
+        with _on(host):
+            process = _start(arguments, stdout=log, stderr=log)
         try:
             deadline_s = time.monotonic() + options.step_timeout_s
             while not ready.exists():
@@ -84,7 +91,11 @@ def run_pool(options: DemoOptions) -> Iterator[Pool]:
 
 
 def run_worker(
-    name: str, job: messages.Job, timeout_s: float, on_event: Callable[[messages.Event], None]
+    name: str,
+    job: messages.Job,
+    timeout_s: float,
+    on_event: Callable[[messages.Event], None],
+    host: Host | None = None,
 ) -> tuple[int, list[messages.Event]]:
     """Run a job in a process of its own; its process id and its events but for statuses.
 
@@ -92,12 +103,14 @@ def run_worker(
         name: what people call it, for errors.
         timeout_s: how long it may take.
         on_event: gets every event as it comes.
+        host: where it runs, if there are several.
 
     Raises:
         DemoError: it failed, died, or took too long; says what it wrote last.
     """
     with tempfile.TemporaryFile() as log:
-        process = _start([msgspec.json.encode(job).decode()], stdout=subprocess.PIPE, stderr=log)
+        with _on(host):
+            process = _start([msgspec.json.encode(job).decode()], stdout=subprocess.PIPE, stderr=log)
         try:
             events: list[messages.Event] = []
             for line in _lines(process, timeout_s, name):
@@ -117,6 +130,10 @@ def run_worker(
             raise DemoError(f"{name} closed its output but did not end:\n{_tail(log)}") from error
         finally:
             _end(process)
+
+
+def _on(host: Host | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if host is None else host.inside()
 
 
 def _start(arguments: Sequence[str], *, stdout: IO[bytes] | int, stderr: IO[bytes] | int) -> subprocess.Popen[bytes]:

@@ -25,6 +25,7 @@ class Serve(msgspec.Struct, frozen=True, kw_only=True, tag="serve"):
         block_tokens: tokens of a block.
         address, namespace: of the pool; an empty address means without a pool.
         shm_directory: where the pool's nodes keep their memory; empty for the default.
+        transport: as for `memfabric.connect`.
     """
 
     model_dir: str
@@ -35,6 +36,7 @@ class Serve(msgspec.Struct, frozen=True, kw_only=True, tag="serve"):
     address: str = ""
     namespace: str = ""
     shm_directory: str = ""
+    transport: str = "auto"
 
 
 Job = Convert | Serve
@@ -76,6 +78,7 @@ class Served(msgspec.Struct, frozen=True, kw_only=True, tag="served"):
         first_token_s, load_s: of each repeat. `store_s`: to write the blocks.
         tokens: new ones. `text`: decoded.
         problem: why blocks could not be stored; empty otherwise.
+        transport: how blocks travelled, as the client tells; empty without a pool.
     """
 
     name: str
@@ -91,6 +94,7 @@ class Served(msgspec.Struct, frozen=True, kw_only=True, tag="served"):
     tokens: list[int]
     text: str
     problem: str
+    transport: str = ""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

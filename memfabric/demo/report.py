@@ -42,6 +42,8 @@ class DemoOptions:
         node_count: memory nodes to start.
         node_bytes, region_bytes: memory of each node, and its unit.
         shm_directory: where the nodes keep their memory; None: the pool's default.
+        hosts: on two hosts (network namespaces of this machine) instead of one: the pool and prefill on the first,
+            decode on the second, blocks over UCX and TCP. Needs root.
         step_timeout_s: how long one process may take for its part before the demonstration gives up.
         as_json: print the report as JSON on stdout instead of the table.
         quiet: no progress on stderr.
@@ -56,6 +58,7 @@ class DemoOptions:
     node_bytes: int = 256 * MIB
     region_bytes: int = 64 * MIB
     shm_directory: Path | None = None
+    hosts: bool = False
     step_timeout_s: float = 900.0
     as_json: bool = False
     quiet: bool = False
@@ -155,6 +158,7 @@ class DemoReport:
     Attributes:
         model, revision: what ran; `dtype` and `attention` how.
         block_tokens, block_bytes: of a block. `nodes`: memory nodes.
+        hosts: how many hosts the processes were on. `transport`: how blocks got to the decode process.
         prefill, requests: what the processes did.
         pids: process ids by role: every role was a process of its own.
         versions: of what matters for the figures.
@@ -169,6 +173,8 @@ class DemoReport:
     block_tokens: int
     block_bytes: int
     nodes: int
+    hosts: int
+    transport: str
     prefill: PrefillReport
     requests: list[RequestReport]
     pids: dict[str, int]

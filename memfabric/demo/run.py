@@ -18,10 +18,11 @@ from pathlib import Path
 from types import FrameType
 
 from memfabric.demo import messages, prompts, screen
-from memfabric.demo.children import run_pool, run_worker
+from memfabric.demo.children import HOSTS_TRANSPORT, run_pool, run_worker
 from memfabric.demo.model import MODEL, cache_directory, ready_model
 from memfabric.demo.report import DemoError, DemoOptions, DemoReport, PrefillReport, RequestReport
 from memfabric.errors import UsageError
+from memfabric.testing.hosts import Host, Hosts
 
 NAMESPACE = "demo-smollm2-135m"
 REPORT_NAME = "report.json"
@@ -76,12 +77,15 @@ class _Parts:
         options, names = self._options, list(prompts.TITLES)
         nodes = f"{options.node_count} memory node{'s' if options.node_count != 1 else ''}"
         with contextlib.ExitStack() as stack:
+            here = there = None
+            if options.hosts:
+                here, there = stack.enter_context(Hosts(2)).hosts
             with self._progress.step(f"Starting a metadata server and {nodes}"):
-                pool = stack.enter_context(run_pool(options))
+                pool = stack.enter_context(run_pool(options, here))
             self._pids.update(pool.pids)
-            self._serve("prefill", [_PREFILL], pool.address, repeats=1)
+            self._serve("prefill", [_PREFILL], pool.address, repeats=1, host=here)
             pool.check()
-            self._serve("decode", names, pool.address)
+            self._serve("decode", names, pool.address, host=there)
             pool.check()
         self._serve("cold", names, "")
 
@@ -98,6 +102,8 @@ class _Parts:
             block_tokens=self._options.block_tokens,
             block_bytes=self._loaded.block_bytes,
             nodes=self._options.node_count,
+            hosts=2 if self._options.hosts else 1,
+            transport=self._served["decode"][0].transport,
             prefill=PrefillReport(
                 name=prefill.name,
                 title=prompts.TITLES[prefill.name],
@@ -115,7 +121,9 @@ class _Parts:
             elapsed_s=time.monotonic() - start_s,
         )
 
-    def _serve(self, role: str, names: list[str], address: str, repeats: int | None = None) -> None:
+    def _serve(
+        self, role: str, names: list[str], address: str, repeats: int | None = None, host: Host | None = None
+    ) -> None:
         job = messages.Serve(
             model_dir=str(self._model_dir),
             prompts=names,
@@ -125,6 +133,7 @@ class _Parts:
             address=address,
             namespace=NAMESPACE if address else "",
             shm_directory=str(self._options.shm_directory or ""),
+            transport=HOSTS_TRANSPORT if host is not None else "auto",
         )
         with self._progress.step(_STEPS[role]) as doing:
 
@@ -132,7 +141,7 @@ class _Parts:
                 if isinstance(event, messages.Status):
                     doing(event.text)
 
-            pid, events = run_worker(f"the {role} process", job, self._options.step_timeout_s, on_event)
+            pid, events = run_worker(f"the {role} process", job, self._options.step_timeout_s, on_event, host)
         self._pids[role] = pid
         self._served[role] = [event for event in events if isinstance(event, messages.Served)]
         self._loaded = next(event for event in events if isinstance(event, messages.Loaded))

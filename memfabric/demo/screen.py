@@ -51,12 +51,13 @@ def show(report: DemoReport) -> None:
     for request in report.requests:
         console.print(f"[bold]{escape(request.name)}[/bold]: {escape(_shorten(request.text))}", soft_wrap=True)
     repeats = len(report.requests[0].ttft_pool_s)
+    where = ", the pool and prefill on one host, decode on another" if report.hosts > 1 else ""
     console.print(
         f"\n[dim]Time to first token (TTFT): from the tokenized prompt to the first token; finding, reading and "
         f"verifying blocks included, loading the model not; median of {repeats}. {escape(report.model)}, 4-bit weights "
         f"computed in {report.dtype}, one thread a process; blocks of {report.block_tokens} tokens "
         f"({format_bytes(report.block_bytes)}). Prefill, decode and the runs without the pool are processes of their "
-        "own; KV went through the pool only.[/dim]"
+        f"own{where}; KV went through the pool only, by {escape(report.transport)}.[/dim]"
     )
     console.print(f"Plot: {escape(report.plot)}", soft_wrap=True)
 

@@ -79,6 +79,7 @@ def _serve(job: messages.Serve) -> None:
                 fingerprint=of,
                 create=spec,
                 shm_directory=job.shm_directory or None,
+                transport=job.transport,
             )
             stack.enter_context(client)
         pooled = engine.PooledModel(model, client, of)
@@ -122,6 +123,7 @@ def _run(pooled: Any, tokenizer: Any, name: str, token_ids: list[int], job: mess
         tokens=done.token_ids,
         text=str(tokenizer.decode(done.token_ids, skip_special_tokens=True)),
         problem="" if stored is None or stored.ok else repr(stored),
+        transport="" if pooled.client is None else str(pooled.client.stats()["transport"]),
     )
 
 

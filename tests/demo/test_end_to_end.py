@@ -13,6 +13,8 @@ import pytest
 from memfabric.demo import DemoOptions, run_demo
 from memfabric.demo.run import _NEEDED
 from memfabric.errors import UsageError
+from memfabric.testing import hosts
+from memfabric.testing.hosts import why_not
 from tests.demo.test_children import gone
 
 _MISSING = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
@@ -58,3 +60,21 @@ def test_demo(tmp_path: Path, shm: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_without_the_extra_the_error_names_it(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"memfabric\[demo\]"):
         run_demo(DemoOptions(out_dir=tmp_path))
+
+
+@pytest.mark.demo
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(bool(_MISSING), reason=f"needs the demo extra: {', '.join(_MISSING)} not installed")
+@pytest.mark.skipif(bool(why_not()), reason=f"network namespaces cannot be made here: {why_not()}")
+def test_demo_on_two_hosts(tmp_path: Path, shm: Path) -> None:
+    options = DemoOptions(
+        out_dir=tmp_path / "out", shm_directory=shm, repeats=1, new_tokens=8, hosts=True, quiet=True, as_json=True
+    )
+    report = run_demo(options)
+    assert report.identical
+    assert report.hosts == 2
+    assert "ucx" in report.transport
+    assert all(request.blocks_read for request in report.requests)
+    assert all(gone(pid) for pid in report.pids.values())
+    assert not list(shm.iterdir())
+    assert not hosts.remove_leftovers()
