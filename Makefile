@@ -8,7 +8,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard transport/native/* memfabric
            $(shell find memfabric transport -name '*.py' -o -name '*.txt' -o -name '*.pyi')
 PYTEST  := $(DEV)/bin/python -m pytest
 
-.PHONY: help setup demo test test-fast lint type format bench docs clean
+.PHONY: help setup demo demo-hosts test test-fast test-rdma lint type format bench bench-hosts docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,9 +18,15 @@ setup: $(DEV)/.ready ## virtual environment with memfabric and the development t
 demo: $(DEMO)/.ready ## the main job: prefill and decode of a real model share KV blocks through the pool
 	$(DEMO)/bin/memfabric demo --out out/demo
 
+demo-hosts: $(DEMO)/.ready ## the same between two hosts (network namespaces), over UCX and TCP; needs root
+	$(DEMO)/bin/memfabric demo --hosts --out out/demo-hosts
+
 test: $(DEMO)/.ready $(DEV)/.ready ## all tests, the demonstration with the real model among them
 	$(PYTEST) -m "not demo"
 	$(DEMO)/bin/python -m pytest tests/demo tests/client/test_client.py::test_torch_tensors
+
+test-rdma: $(DEV)/.ready ## UCX over RoCE, in a virtual machine with a Soft-RoCE device (x86-64, Debian or alike)
+	scripts/rxe-vm --time-limit 900 --apt libucx0 -- $(DEV)/bin/python -m pytest tests/rdma
 
 test-fast: $(DEV)/.ready ## tests without processes and models
 	$(PYTEST) -m "not demo and not processes"
@@ -40,6 +46,9 @@ format: $(DEV)/.ready ## format the code
 bench: $(DEV)/.ready ## benchmarks, as ratios to limits measured in the same run
 	$(DEV)/bin/python -m perf.bench --out out/bench
 
+bench-hosts: $(DEV)/.ready ## benchmarks between two hosts (network namespaces), over UCX and TCP; needs root
+	$(DEV)/bin/python -m perf.fabric --out out/bench-hosts
+
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
@@ -47,4 +56,4 @@ $(DEV)/.ready: $(SOURCES)
 	scripts/make-venv "$(PYTHON)" $(DEV) '.[dev,bench]'
 
 $(DEMO)/.ready: $(SOURCES)
-	scripts/make-venv "$(PYTHON)" $(DEMO) '.[demo,test]'
+	scripts/make-venv "$(PYTHON)" $(DEMO) '.[demo,test,ucx]'
