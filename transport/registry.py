@@ -20,6 +20,7 @@ GROUP = "memfabric.transports"
 OWN = {
     "shm": "transport.shm:ShmTransport",
     "ucx": "transport.ucx:UcxTransport",
+    "loopback": "transport.loopback:LoopbackTransport",
 }
 
 

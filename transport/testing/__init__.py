@@ -9,10 +9,14 @@ kills, stops and restarts. In a test module of yours::
         factory = "mypackage.mytransport:MyTransport"
         options = {"device": "x0"}
 
+A transport that lives in one process overrides `make_client` and `make_owner` (with an `OwnerInProcess`), and, where it
+has a clock of its own, `now_ns` and `sleep`.
+
 Needs pytest. What a transport does not claim is skipped, with that as the reason.
 """
 
-from transport.testing.owner import OwnerProcess, make
+from transport.testing.inprocess import OwnerInProcess
+from transport.testing.owner import Owner, OwnerProcess, make
 from transport.testing.suite import ConformanceSuite
 
-__all__ = ["ConformanceSuite", "OwnerProcess", "make"]
+__all__ = ["ConformanceSuite", "Owner", "OwnerInProcess", "OwnerProcess", "make"]

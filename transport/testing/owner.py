@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -38,6 +38,46 @@ def pattern(seed: int, length: int) -> UInt8Column:
     """Bytes that are the same for the same seed."""
     found: UInt8Column = np.random.default_rng(seed).integers(0, 256, length, dtype=np.uint8)
     return found
+
+
+class Owner(Protocol):
+    """What the suite asks of an owner, wherever it runs. A context manager."""
+
+    def start(self) -> None:
+        """Begin its next life, after the last has ended."""
+
+    def create(self, region_id: int, size_bytes: int, seed: int | None = None) -> bytes:
+        """A region, filled from a seed or zeros; its descriptor."""
+
+    def bytes_of(self, region_id: int, offset: int, length: int) -> UInt8Column:
+        """What is in the region now, as its owner sees it."""
+
+    def digest_of(self, region_id: int, offset: int = 0, length: int = -1) -> int:
+        """The digest of a range now."""
+
+    def close_region(self, region_id: int) -> None:
+        """Withdraw it; its memory stays, so that later changes can be seen."""
+
+    def fence(self, identity: bytes) -> bool:
+        """As `Transport.fence`; raises `TransportError` as that does."""
+
+    def exchange(self, identity: bytes) -> Exchange:
+        """What a client with this identity may be given to connect."""
+
+    def freeze(self) -> None:
+        """Stop it: when this has returned, none of its code runs."""
+
+    def thaw(self) -> None:
+        """Let it go on."""
+
+    def kill(self) -> None:
+        """End it without a chance to clean up."""
+
+    def __enter__(self) -> Owner: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 class OwnerProcess:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,7 +32,7 @@ from transport.errors import (
     UnreachableError,
     UnsupportedError,
 )
-from transport.testing.owner import OwnerProcess, make, pattern
+from transport.testing.owner import Owner, OwnerProcess, make, pattern
 
 KIB, MIB = 1 << 10, 1 << 20
 SECOND_NS = 1_000_000_000
@@ -40,7 +40,7 @@ SENTINEL = 0xA5
 
 
 def after(seconds: float) -> int:
-    """An instant on the clock of deadlines."""
+    """An instant on CLOCK_MONOTONIC."""
     return time.monotonic_ns() + int(seconds * SECOND_NS)
 
 
@@ -84,11 +84,11 @@ class ConformanceSuite:
     def make_client(self) -> Transport:
         return make(self.factory, {**self.options, **self.client_options})
 
-    def make_owner(self) -> OwnerProcess:
+    def make_owner(self) -> Owner:
         return OwnerProcess(self.factory, {**self.options, **self.owner_options})
 
     @pytest.fixture
-    def owner(self) -> Iterator[OwnerProcess]:
+    def owner(self) -> Iterator[Owner]:
         with self.make_owner() as made:
             yield made
 
@@ -101,16 +101,28 @@ class ConformanceSuite:
         if not good:
             pytest.skip(f"transport {client.capabilities.name} as configured does not claim {what}")
 
-    def join(self, client: Transport, owner: OwnerProcess, descriptor: bytes, *, writable: bool = True) -> int:
+    def join(self, client: Transport, owner: Owner, descriptor: bytes, *, writable: bool = True) -> int:
         exchange = owner.exchange(client.identity) if client.capabilities.needs_exchange else None
-        return client.connect(descriptor, writable=writable, exchange=exchange, deadline_ns=after(20 * self.slow))
+        return client.connect(descriptor, writable=writable, exchange=exchange, deadline_ns=self.after(20 * self.slow))
+
+    def now_ns(self) -> int:
+        """The clock of deadlines; another one for transports that live in simulated time."""
+        return time.monotonic_ns()
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass on it."""
+        time.sleep(seconds)
+
+    def after(self, seconds: float) -> int:
+        """An instant on it."""
+        return self.now_ns() + int(seconds * SECOND_NS)
 
     def long(self) -> int:
-        return after(60 * self.slow)
+        return self.after(60 * self.slow)
 
     # --- integrity ---
 
-    def test_bytes_of_all_sizes_and_alignments(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_bytes_of_all_sizes_and_alignments(self, owner: Owner, client: Transport) -> None:
         size = self.region_bytes
         handle = self.join(client, owner, owner.create(1, size, seed=1))
         want = pattern(1, size)
@@ -127,7 +139,7 @@ class ConformanceSuite:
             expected[local : local + length] = want[remote : remote + length]
         assert (buffer == expected).all(), "wrong bytes, or bytes beside an operation were touched"
 
-    def test_writes_arrive_and_nothing_else_changes(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_writes_arrive_and_nothing_else_changes(self, owner: Owner, client: Transport) -> None:
         size = min(self.region_bytes, 4 * MIB)
         handle = self.join(client, owner, owner.create(1, size, seed=2))
         expected = pattern(2, size)
@@ -145,7 +157,7 @@ class ConformanceSuite:
                 expected[remote : remote + length] = data[local : local + length]
             assert owner.digest_of(1) == digest(expected)
 
-    def test_what_is_written_is_read(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_what_is_written_is_read(self, owner: Owner, client: Transport) -> None:
         handle = self.join(client, owner, owner.create(1, self.region_bytes))
         data = pattern(5, self.region_bytes)
         assert client.write(blocks(data, handle, 64 * KIB), self.long()) == data.size // (64 * KIB)
@@ -153,7 +165,7 @@ class ConformanceSuite:
         assert client.read(blocks(back, handle, 32 * KIB), self.long()) == data.size // (32 * KIB)
         assert (back == data).all()
 
-    def test_offsets_beyond_4_gib(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_offsets_beyond_4_gib(self, owner: Owner, client: Transport) -> None:
         if not self.large_bytes:
             pytest.skip("needs a region of over 4 GiB of memory; set large_bytes")
         handle = self.join(client, owner, owner.create(1, self.large_bytes))
@@ -168,7 +180,7 @@ class ConformanceSuite:
         assert client.read(batch, self.long()) == len(offsets)
         assert (back == data).all()
 
-    def test_many_small_operations(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_many_small_operations(self, owner: Owner, client: Transport) -> None:
         count, size = 5000, 512
         handle = self.join(client, owner, owner.create(1, count * size, seed=7))
         order = np.random.default_rng(8).permutation(count)
@@ -178,7 +190,7 @@ class ConformanceSuite:
         assert client.read(batch, self.long()) == count, batch.error
         assert (buffer == pattern(7, count * size)).all()
 
-    def test_digests_are_of_the_bytes(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_digests_are_of_the_bytes(self, owner: Owner, client: Transport) -> None:
         handle = self.join(client, owner, owner.create(1, MIB, seed=9))
         want = pattern(9, MIB)
         rows = [(0, 100, 5000), (5000, 9000, 1), (6000, 0, 64 * KIB), (100_000, 7, 0), (90_000, 70_000, 777)]
@@ -196,7 +208,7 @@ class ConformanceSuite:
 
     # --- order and visibility ---
 
-    def test_operations_become_visible_in_order(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_operations_become_visible_in_order(self, owner: Owner, client: Transport) -> None:
         descriptor = owner.create(1, 64 * KIB)
         handle = self.join(client, owner, descriptor)
         self.needs(client, client.capabilities.ordered, "order")
@@ -226,7 +238,7 @@ class ConformanceSuite:
                 stop.set()
                 thread.join()
 
-    def test_a_write_that_returned_is_visible_to_others(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_a_write_that_returned_is_visible_to_others(self, owner: Owner, client: Transport) -> None:
         descriptor = owner.create(1, MIB)
         mine = self.join(client, owner, descriptor)
         with self.make_client() as other:
@@ -240,7 +252,7 @@ class ConformanceSuite:
 
     # --- batches ---
 
-    def test_a_bad_operation_gets_the_whole_batch_refused(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_a_bad_operation_gets_the_whole_batch_refused(self, owner: Owner, client: Transport) -> None:
         size = 64 * KIB
         descriptor = owner.create(1, size, seed=11)
         handle = self.join(client, owner, descriptor)
@@ -278,7 +290,7 @@ class ConformanceSuite:
         batch = operations(data, reader, [good])
         assert client.read(batch, self.long()) == 1, "reading by a read-only handle"
 
-    def test_columns_of_another_shape_are_refused(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_columns_of_another_shape_are_refused(self, owner: Owner, client: Transport) -> None:
         handle = self.join(client, owner, owner.create(1, 4096))
         data = np.zeros(4096, np.uint8)
         for name, column in (
@@ -296,7 +308,7 @@ class ConformanceSuite:
         with pytest.raises(ValueError):
             client.read(batch, self.long())
 
-    def test_empty_batches_and_empty_operations(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_empty_batches_and_empty_operations(self, owner: Owner, client: Transport) -> None:
         handle = self.join(client, owner, owner.create(1, 4096, seed=13))
         data = np.full(100, SENTINEL, np.uint8)
         assert client.read(operations(data, handle, []), self.long()) == 0
@@ -306,7 +318,7 @@ class ConformanceSuite:
         assert client.read(batch, self.long()) == 2
         assert (data == SENTINEL).all()
 
-    def test_several_batches_in_flight(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_several_batches_in_flight(self, owner: Owner, client: Transport) -> None:
         handle = self.join(client, owner, owner.create(1, self.region_bytes, seed=14))
         want, part = pattern(14, self.region_bytes), self.region_bytes // 8
         buffers = [np.zeros(part, np.uint8) for _ in range(8)]
@@ -321,30 +333,30 @@ class ConformanceSuite:
         assert (np.concatenate(buffers) == want[: 8 * part]).all()
         assert client.flush(self.long())
 
-    def test_polling_brings_a_batch_to_its_end(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_polling_brings_a_batch_to_its_end(self, owner: Owner, client: Transport) -> None:
         handle = self.join(client, owner, owner.create(1, MIB, seed=15))
         buffer = np.zeros(MIB, np.uint8)
         pending = client.post_read(blocks(buffer, handle, 16 * KIB), self.long())
         end_s = time.monotonic() + 60 * self.slow
         while not pending.poll():
             assert time.monotonic() < end_s
-            time.sleep(0.001)
+            self.sleep(0.001)
         assert (buffer == pattern(15, MIB)).all()
         assert pending.wait() == 64
 
-    def test_a_deadline_that_has_passed_begins_nothing(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_a_deadline_that_has_passed_begins_nothing(self, owner: Owner, client: Transport) -> None:
         handle = self.join(client, owner, owner.create(1, 64 * KIB, seed=16))
         before = owner.digest_of(1)
         data = pattern(17, 64 * KIB)
         batch = blocks(data, handle, 4 * KIB)
-        assert client.write(batch, time.monotonic_ns() - 1) == 0
+        assert client.write(batch, self.now_ns() - 1) == 0
         assert (batch.status == NOT_DONE).all()
         assert batch.error is not None
         assert owner.digest_of(1) == before
         assert client.write(batch, self.long()) == 16, "and the next batch works"
         assert batch.error is None
 
-    def test_abandoned_batches_leave_memory_alone(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_abandoned_batches_leave_memory_alone(self, owner: Owner, client: Transport) -> None:
         handle = self.join(client, owner, owner.create(1, self.region_bytes, seed=18))
         for _ in range(4):
             buffer = np.zeros(self.region_bytes, np.uint8)
@@ -354,14 +366,14 @@ class ConformanceSuite:
             buffer[:] = SENTINEL
             assert done == int((batch.status == DONE).sum())
             assert pending.abandon() == done
-            time.sleep(0.05)
+            self.sleep(0.05)
             assert (buffer == SENTINEL).all(), "memory changed after abandon had returned"
         back = np.zeros(4096, np.uint8)
         batch = operations(back, handle, [(0, 0, 4096)])
         assert client.read(batch, self.long()) == 1, f"and the next batch works: {batch.error}"
         assert (back == pattern(18, self.region_bytes)[:4096]).all()
 
-    def test_an_operation_of_unknown_memory_is_refused(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_an_operation_of_unknown_memory_is_refused(self, owner: Owner, client: Transport) -> None:
         handle = self.join(client, owner, owner.create(1, 4096))
         batch = operations(np.zeros(8, np.uint8), handle, [(0, 0, 8)])
         batch.kind = "papyrus"
@@ -370,7 +382,7 @@ class ConformanceSuite:
 
     # --- handles and descriptors ---
 
-    def test_garbage_is_no_descriptor(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_garbage_is_no_descriptor(self, owner: Owner, client: Transport) -> None:
         good = owner.create(1, 4096)
         random = np.random.default_rng(19)
         cases = [b"", b"\0", b"garbage", bytes(random.bytes(300)), good[: len(good) // 2], good + b"x", good * 20]
@@ -384,20 +396,23 @@ class ConformanceSuite:
         handle = self.join(client, owner, good)
         assert client.read(operations(np.zeros(8, np.uint8), handle, [(0, 0, 8)]), self.long()) == 1
 
-    def _exchange(self, client: Transport, owner: OwnerProcess) -> Any:
+    def _exchange(self, client: Transport, owner: Owner) -> Any:
         return owner.exchange(client.identity) if client.capabilities.needs_exchange else None
 
-    def _connect_or_typed_error(self, client: Transport, owner: OwnerProcess, descriptor: bytes) -> None:
+    def _connect_or_typed_error(self, client: Transport, owner: Owner, descriptor: bytes) -> None:
         """A flipped bit may leave a descriptor that works (in an address that is not used, say); never a crash."""
         try:
             handle = client.connect(
-                descriptor, writable=False, exchange=self._exchange(client, owner), deadline_ns=after(2.0 * self.slow)
+                descriptor,
+                writable=False,
+                exchange=self._exchange(client, owner),
+                deadline_ns=self.after(2.0 * self.slow),
             )
         except TransportError:
             return
         client.disconnect(handle)
 
-    def test_disconnected_handles_are_refused(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_disconnected_handles_are_refused(self, owner: Owner, client: Transport) -> None:
         descriptor = owner.create(1, 4096)
         handle = self.join(client, owner, descriptor)
         client.disconnect(handle)
@@ -408,7 +423,7 @@ class ConformanceSuite:
         again = self.join(client, owner, descriptor)
         assert client.read(operations(np.zeros(8, np.uint8), again, [(0, 0, 8)]), self.long()) == 1
 
-    def test_nothing_works_after_close(self, owner: OwnerProcess) -> None:
+    def test_nothing_works_after_close(self, owner: Owner) -> None:
         client = self.make_client()
         descriptor = owner.create(1, 4096)
         handle = self.join(client, owner, descriptor)
@@ -417,7 +432,7 @@ class ConformanceSuite:
         with pytest.raises(TransportError):
             client.read(operations(np.zeros(8, np.uint8), handle, [(0, 0, 8)]), self.long())
 
-    def test_handles_of_several_regions(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_handles_of_several_regions(self, owner: Owner, client: Transport) -> None:
         count, size = 5, 64 * KIB
         handles = [self.join(client, owner, owner.create(n, size, seed=n)) for n in range(count)]
         assert len(set(handles)) == count
@@ -434,7 +449,7 @@ class ConformanceSuite:
         assert client.read(batch, self.long()) == len(batch), batch.error
         assert (data == pattern(count, size)).all()
 
-    def test_a_mapped_region_is_the_region(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_a_mapped_region_is_the_region(self, owner: Owner, client: Transport) -> None:
         handle = self.join(client, owner, owner.create(1, 64 * KIB, seed=20))
         if not client.capabilities.zero_copy:
             with pytest.raises(UnsupportedError):
@@ -446,7 +461,7 @@ class ConformanceSuite:
 
     # --- many at once ---
 
-    def test_threads_share_a_transport(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_threads_share_a_transport(self, owner: Owner, client: Transport) -> None:
         parts, size = 4, 256 * KIB
         handle = self.join(client, owner, owner.create(1, parts * size))
         wrong: list[str] = []
@@ -470,7 +485,7 @@ class ConformanceSuite:
             thread.join()
         assert not wrong
 
-    def test_many_clients_come_and_go(self, owner: OwnerProcess) -> None:
+    def test_many_clients_come_and_go(self, owner: Owner) -> None:
         descriptor = owner.create(1, 64 * KIB, seed=21)
         for _ in range(3):
             clients = [self.make_client() for _ in range(6)]
@@ -484,7 +499,7 @@ class ConformanceSuite:
 
     # --- owners that end, stop, restart, withdraw ---
 
-    def test_a_killed_owner_ends_batches_in_time(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_a_killed_owner_ends_batches_in_time(self, owner: Owner, client: Transport) -> None:
         self.needs(client, "death" in client.capabilities.detects, "to notice an owner's death")
         handle = self.join(client, owner, owner.create(1, self.region_bytes, seed=22))
         want = pattern(22, self.region_bytes)
@@ -496,7 +511,7 @@ class ConformanceSuite:
             assert time.monotonic() < end_s, "the death of the owner was not noticed"
             batch = blocks(buffer, handle, 64 * KIB)
             begun_s = time.monotonic()
-            done = client.read(batch, after(5.0 * self.slow))
+            done = client.read(batch, self.after(5.0 * self.slow))
             assert time.monotonic() - begun_s < 15 * self.slow, "a batch did not end by its deadline"
             for at in np.nonzero(batch.status == DONE)[0].tolist():
                 start = at * 64 * KIB
@@ -506,13 +521,13 @@ class ConformanceSuite:
         timer.join()
         assert batch.error is not None
         buffer[:] = SENTINEL
-        time.sleep(0.05)
+        self.sleep(0.05)
         assert (buffer == SENTINEL).all(), "memory changed after the batch had ended"
         batch = blocks(buffer, handle, 64 * KIB)
-        assert client.write(batch, after(2.0 * self.slow)) == 0
+        assert client.write(batch, self.after(2.0 * self.slow)) == 0
         assert all(outcome(int(status)) is not Outcome.APPLIED for status in batch.status)
 
-    def test_a_restarted_owner_is_another(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_a_restarted_owner_is_another(self, owner: Owner, client: Transport) -> None:
         descriptor = owner.create(1, 64 * KIB, seed=23)
         handle = self.join(client, owner, descriptor)
         owner.kill()
@@ -523,14 +538,14 @@ class ConformanceSuite:
             with pytest.raises(TransportError), self.make_client() as other:
                 self.join(other, owner, descriptor)
             batch = blocks(pattern(25, 64 * KIB), handle, 8 * KIB)
-            assert client.write(batch, after(3.0 * self.slow)) == 0, "an old handle reached another owner"
+            assert client.write(batch, self.after(3.0 * self.slow)) == 0, "an old handle reached another owner"
         assert owner.digest_of(1) == before
         again = self.join(client, owner, fresh)
         buffer = np.zeros(64 * KIB, np.uint8)
         assert client.read(blocks(buffer, again, 8 * KIB), self.long()) == 8
         assert (buffer == pattern(24, 64 * KIB)).all()
 
-    def test_a_stopped_owner(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_a_stopped_owner(self, owner: Owner, client: Transport) -> None:
         """One-sided means that it does not matter; others end by the deadline, and work when it goes on."""
         handle = self.join(client, owner, owner.create(1, MIB, seed=26))
         want = pattern(26, MIB)
@@ -541,7 +556,7 @@ class ConformanceSuite:
             buffer[:] = 0
             batch = blocks(buffer, handle, 64 * KIB)
             begun_s = time.monotonic()
-            done = client.read(batch, after(1.0 if not client.capabilities.one_sided else 30.0 * self.slow))
+            done = client.read(batch, self.after(1.0 if not client.capabilities.one_sided else 30.0 * self.slow))
             taken_s = time.monotonic() - begun_s
             if client.capabilities.one_sided:
                 assert done == 16, batch.error
@@ -555,34 +570,34 @@ class ConformanceSuite:
             buffer[:] = SENTINEL
         finally:
             owner.thaw()
-        time.sleep(0.2)
+        self.sleep(0.2)
         assert (buffer == SENTINEL).all(), "memory changed after the batch had ended"
         end_s = time.monotonic() + 30 * self.slow
-        while client.read(blocks(buffer, handle, 64 * KIB), after(5.0 * self.slow)) != 16:
+        while client.read(blocks(buffer, handle, 64 * KIB), self.after(5.0 * self.slow)) != 16:
             assert time.monotonic() < end_s, "the client does not come back"
         assert (buffer == want).all()
 
-    def test_a_withdrawn_region_can_no_longer_be_changed(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_a_withdrawn_region_can_no_longer_be_changed(self, owner: Owner, client: Transport) -> None:
         self.needs(client, "region" in client.capabilities.fences, "the fence 'region'")
         handle = self.join(client, owner, owner.create(1, self.region_bytes))
         other = self.join(client, owner, owner.create(2, 64 * KIB, seed=27))
-        stream = _Stream(client, handle, self.region_bytes)
+        stream = _Stream(client, handle, self.region_bytes, self.after)
         with stream:
-            time.sleep(0.2)
+            self.sleep(0.2)
             owner.close_region(1)
             before = owner.digest_of(1)
-            time.sleep(0.5 * self.slow)
+            self.sleep(0.5 * self.slow)
             assert owner.digest_of(1) == before, "a byte changed after the region was withdrawn"
         assert stream.rounds
         batch = blocks(np.zeros(64 * KIB, np.uint8), handle, 8 * KIB)
-        assert client.write(batch, after(3.0 * self.slow)) == 0
+        assert client.write(batch, self.after(3.0 * self.slow)) == 0
         buffer = np.zeros(64 * KIB, np.uint8)
         end_s = time.monotonic() + 20 * self.slow
-        while client.read(blocks(buffer, other, 8 * KIB), after(5.0 * self.slow)) != 8:
+        while client.read(blocks(buffer, other, 8 * KIB), self.after(5.0 * self.slow)) != 8:
             assert time.monotonic() < end_s, "other regions do not go on"
         assert (buffer == pattern(27, 64 * KIB)).all()
 
-    def test_a_fenced_client_can_no_longer_write(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_a_fenced_client_can_no_longer_write(self, owner: Owner, client: Transport) -> None:
         self.needs(client, "client" in client.capabilities.fences, "the fence 'client'")
         descriptor = owner.create(1, self.region_bytes)
         handle = self.join(client, owner, descriptor)
@@ -595,11 +610,11 @@ class ConformanceSuite:
             for round_ in range(12):
                 data = np.full(self.region_bytes, round_ + 1, np.uint8)
                 batch = blocks(data, handle, 64 * KIB)
-                pending = client.post_write(batch, after(20.0 * self.slow))
-                time.sleep(0.0005 * round_)
+                pending = client.post_write(batch, self.after(20.0 * self.slow))
+                self.sleep(0.0005 * round_)
                 assert owner.fence(client.identity)
                 before = owner.digest_of(1)
-                time.sleep(0.1 * self.slow)
+                self.sleep(0.1 * self.slow)
                 assert owner.digest_of(1) == before, "a byte changed after the fence"
                 pending.wait()
                 assert owner.digest_of(1) == before, "a byte changed after the fence"
@@ -607,7 +622,7 @@ class ConformanceSuite:
                 assert bystander.read(blocks(buffer, theirs, 8 * KIB), self.long()) == 8, "others go on"
                 batch = operations(pattern(29, 4096), handle, [(0, 0, 4096)])
                 end_s = time.monotonic() + 20 * self.slow
-                while client.write(batch, after(5.0 * self.slow)) != 1:
+                while client.write(batch, self.after(5.0 * self.slow)) != 1:
                     assert time.monotonic() < end_s, "a fenced client cannot come back"
             assert bystander.stats().get("connects") == connects, "fencing one client disturbed another"
         assert not owner.fence(bytes(16)), "nobody has this identity"
@@ -625,7 +640,7 @@ class ConformanceSuite:
         assert len(client.identity) == 16
         assert self.make_client().identity != client.identity
 
-    def test_unclaimed_fences_are_refused(self, owner: OwnerProcess, client: Transport) -> None:
+    def test_unclaimed_fences_are_refused(self, owner: Owner, client: Transport) -> None:
         if "client" in client.capabilities.fences:
             pytest.skip("the fence is claimed")
         with pytest.raises(TransportError, match="fence"):
@@ -649,8 +664,8 @@ class ConformanceSuite:
 class _Stream:
     """Writes without pause, each round another byte, in a thread; ends at the first batch that is not done."""
 
-    def __init__(self, client: Transport, handle: int, size: int) -> None:
-        self._client, self._handle, self._size = client, handle, size
+    def __init__(self, client: Transport, handle: int, size: int, after: Callable[[float], int] = after) -> None:
+        self._client, self._handle, self._size, self._after = client, handle, size, after
         self._stop = threading.Event()
         self.rounds = 0
         self._thread = threading.Thread(target=self._run)
@@ -660,7 +675,7 @@ class _Stream:
         while not self._stop.is_set():
             data[:] = self.rounds % 251
             batch = blocks(data, self._handle, 64 * KIB)
-            if self._client.write(batch, after(10.0)) != len(batch):
+            if self._client.write(batch, self._after(10.0)) != len(batch):
                 return
             self.rounds += 1
 
