@@ -152,7 +152,7 @@ class Fabric:
     """Joins `LoopbackTransport` objects; see the module. Thread-safe.
 
     Args:
-        seed: Of everything that is drawn.
+        seed: Of everything that is drawn, names of owners and clients too: fabrics of one world have different seeds.
         clock: Moved by the fabric; whoever shares it sees the same time.
         latency_ns: Each way, without faults.
         faults: As given to `inject`.

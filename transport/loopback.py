@@ -11,11 +11,13 @@ Time is the fabric's: deadlines are instants on its clock, which stands still un
 that has events of its own puts them in the same queue with `Fabric.call_at`, polls, and moves time with `Fabric.step`.
 
 Nothing leaves the process, so both sides must be made with the same `Fabric` object. Without one (as through
-`transport.create("loopback")`) a transport gets one of its own, on CLOCK_MONOTONIC, and serves as both sides.
+`transport.create("loopback")`) a transport gets one of its own, with a random seed and on CLOCK_MONOTONIC, and serves
+as both sides.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -168,7 +170,7 @@ class LoopbackTransport(Transport):
             if profile not in PROFILES:
                 raise ValueError(f"there is no profile {profile[:64]!r}; there are {', '.join(PROFILES)}")
             profile = PROFILES[profile]
-        self.fabric = fabric or Fabric(clock=MonotonicClock())
+        self.fabric = fabric or Fabric(int.from_bytes(os.urandom(8), "big"), clock=MonotonicClock())
         self.profile = profile
         with self.fabric.guard:
             self._host = self.fabric.host(host)
