@@ -444,6 +444,40 @@ def test_a_withdrawn_region_denies_and_others_go_on() -> None:
     assert not world.region.buffer.any()
 
 
+def test_a_region_withdrawn_under_a_torn_write_is_no_denial() -> None:
+    found = set()
+    for seed in range(30):
+        world = World(Tear(pieces=6, most_ns=50_000), seed=seed)
+        _, batch = world.filled(1)
+        pending = world.client.post_write(batch)
+        world.fabric.run_for(25_000)
+        world.region.close()
+        before = world.region.buffer.copy()
+        pending.wait()
+        world.fabric.run_for(MS)
+        assert (world.region.buffer == before).all(), "a byte changed after the region was withdrawn"
+        part = "all" if before.all() else "some" if before.any() else "none"
+        assert int(batch.status[0]) == {"all": DONE, "some": PEER_LOST, "none": DENIED}[part]
+        found.add(part)
+    assert "some" in found
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_digests_of_groups_that_were_not_finished_are_zero(write: bool) -> None:
+    for seed in range(10):
+        world = World(Drop(probability=0.2), profile="ucx-put", seed=seed)
+        memory = random_bytes(SIZE)
+        world.region.buffer[:] = memory
+        batch = rows(memory, world.handle, 16)
+        batch.group = np.arange(16, dtype=np.int32) // 2
+        batch.digest = np.zeros(8, np.uint64)
+        (world.client.write if write else world.client.read)(batch, world.after(MS))
+        for group in range(8):
+            whole = not batch.status[2 * group : 2 * group + 2].any()
+            part = memory[group * SIZE // 8 : (group + 1) * SIZE // 8]
+            assert int(batch.digest[group]) == (transport.digest(part) if whole else 0)
+
+
 # --- memory and limits ---
 
 
