@@ -49,6 +49,7 @@ class _Combined(msgspec.Struct, frozen=True, array_like=True):
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Combined)
+_hello_decoder = msgspec.msgpack.Decoder(tuple[str, bytes])
 
 
 def combine(owner: bytes, parts: Iterable[tuple[str, bytes]]) -> bytes:
@@ -78,6 +79,23 @@ def take_apart(descriptor: bytes) -> tuple[bytes, dict[str, bytes]]:
     if len(told.owner) != OWNER_BYTES or any(len(part) > base.MAX_DESCRIPTOR_BYTES for _, part in told.parts):
         raise DescriptorError("a combined descriptor with an owner or a part of the wrong size")
     return told.owner, dict(told.parts)
+
+
+def address_hello(transport: str, hello: bytes) -> bytes:
+    """A hello that says which of an owner's transports it is for."""
+    return msgspec.msgpack.encode((transport, hello))
+
+
+def read_hello(addressed: bytes) -> tuple[str, bytes]:
+    """What `address_hello` put together: the transport's name and its hello. Anything may be in it.
+
+    Raises:
+        DescriptorError: It is nothing of the kind.
+    """
+    try:
+        return _hello_decoder.decode(addressed)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise DescriptorError(f"not a hello: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +140,7 @@ class AutoTransport(Transport):
         known += [name for name in registry.names() if name not in known]
         self._allowed = list(known if allowed is None else dict.fromkeys(allowed))
         self._made: dict[str, Transport] = {}
+        self._prepared: list[tuple[int, int]] = []
         self._unusable: dict[str, str] = {}
         self._choices: dict[bytes, Choice] = {}
         self._lock = threading.Lock()
@@ -150,8 +169,12 @@ class AutoTransport(Transport):
                 self._unusable[name] = str(error)
                 raise UnsupportedError(str(error)) from error
             made.identity = self.identity  # owners know this client by one name, whatever the transport
-            self._made[name] = made
-            self._order.append(made)
+            with self._lock:
+                self._made[name] = made
+                self._order.append(made)
+                prepared = list(self._prepared)
+            for address, length in prepared:
+                made.prepare(address, length)
         return self._made[name]
 
     @property
@@ -218,6 +241,9 @@ class AutoTransport(Transport):
         if name not in parts:
             raise UnreachableError(f"this region is not lent over {name}, by which its owner is reached")
         transport = self._get(name)
+        if exchange is not None:
+            carry = exchange
+            exchange = lambda hello, end_ns: carry(address_hello(name, hello), end_ns)  # noqa: E731
         return transport, transport.connect(parts[name], writable=writable, exchange=exchange, deadline_ns=deadline_ns)
 
     def _choose(
@@ -294,11 +320,18 @@ class AutoTransport(Transport):
             enter(sub)
 
     def prepare(self, address: int, length: int) -> None:
-        for transport in self._order:
+        with self._lock:
+            self._prepared.append((address, length))  # also for transports that are made later
+            made = list(self._order)
+        for transport in made:
             transport.prepare(address, length)
 
     def forget(self, address: int, length: int) -> None:
-        for transport in self._order:
+        with self._lock:
+            if (address, length) in self._prepared:
+                self._prepared.remove((address, length))
+            made = [] if (address, length) in self._prepared else list(self._order)  # somebody else's advice stands
+        for transport in made:
             transport.forget(address, length)
 
     # --- batches ---

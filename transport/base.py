@@ -378,7 +378,8 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def disconnect(self, handle: int) -> None:
-        """Ends a connection: waits for the batches that use it; later use of the handle is refused.
+        """Ends a connection: later use of the handle is refused. Batches under way that use it end as they would have;
+        this may wait for them.
 
         Views from `mapped` stay valid for as long as somebody refers to them.
 
@@ -407,7 +408,7 @@ class Transport(abc.ABC):
         """
 
     def forget(self, address: int, length: int) -> None:  # noqa: B027  # as `prepare`
-        """Ends what `prepare` began; waits for batches that use it. Unknown ranges are ignored."""
+        """Ends what `prepare` began; batches under way keep what they use of it. Unknown ranges are ignored."""
 
     @abc.abstractmethod
     def post_read(self, batch: Batch, deadline_ns: int = 0, threads: int = 0) -> Pending:
@@ -474,6 +475,20 @@ class Transport(abc.ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def check_lent(memory: UInt8Column, region_id: int) -> None:
+    """Refuses what `register` cannot lend.
+
+    Raises:
+        ValueError: A bad argument.
+    """
+    if not 0 <= region_id < 1 << 64:
+        raise ValueError(f"region_id {region_id} must be from 0 to 2^64 - 1")
+    if memory.dtype != np.uint8 or memory.ndim != 1 or not memory.flags.c_contiguous or not memory.flags.writeable:
+        raise ValueError("memory must be a writable one-dimensional contiguous array of uint8")
+    if not memory.size:
+        raise ValueError("memory must have at least 1 byte")
 
 
 def private_memory(

@@ -19,6 +19,7 @@ from transport.errors import TransportError, UnsupportedError
 GROUP = "memfabric.transports"
 OWN = {
     "shm": "transport.shm:ShmTransport",
+    "verbs": "transport.verbs:VerbsTransport",
     "ucx": "transport.ucx:UcxTransport",
     "loopback": "transport.loopback:LoopbackTransport",
 }

@@ -26,7 +26,6 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
-import numpy as np
 
 from transport import _digests, _ucx_library, base
 from transport.base import Batch, Capabilities, Exchange, Pending, Region, Transport, UInt8Column
@@ -236,12 +235,7 @@ class UcxTransport(Transport):
     # Owner's side
 
     def register(self, memory: UInt8Column, region_id: int) -> UcxRegion:
-        if not 0 <= region_id < 1 << 64:
-            raise ValueError(f"region_id {region_id} must be from 0 to 2^64 - 1")
-        if memory.dtype != np.uint8 or memory.ndim != 1 or not memory.flags.c_contiguous or not memory.flags.writeable:
-            raise ValueError("memory must be a writable one-dimensional contiguous array of uint8")
-        if not memory.size:
-            raise ValueError("memory must have at least 1 byte")
+        base.check_lent(memory, region_id)
         owner = self._listening()
         address = memory.ctypes.data
         try:

@@ -225,7 +225,7 @@ def test_too_many_or_too_large_parts_are_refused() -> None:
 
 
 def test_unknown_names_are_refused_with_those_that_exist() -> None:
-    with pytest.raises(UnsupportedError, match="shm, ucx"):
+    with pytest.raises(UnsupportedError, match="shm, verbs, ucx"):
         registry.create("pigeon")
     assert registry.why_not("shm") == ""
     assert "no transport" in registry.why_not("pigeon")

@@ -7,7 +7,7 @@
 #include <map>
 
 #include "client.hpp"
-#include "clock.hpp"
+#include "../clock.hpp"
 
 namespace mf {
 namespace {

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "clock.hpp"
+#include "../clock.hpp"
 
 namespace mf {
 

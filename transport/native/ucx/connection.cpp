@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "client.hpp"
-#include "clock.hpp"
+#include "../clock.hpp"
 
 namespace mf {
 namespace {

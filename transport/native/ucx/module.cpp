@@ -10,7 +10,7 @@
 
 #include "../columns.hpp"
 #include "client.hpp"
-#include "clock.hpp"
+#include "../clock.hpp"
 #include "owner.hpp"
 
 namespace nb = nanobind;
