@@ -29,12 +29,16 @@ from memfabric.core.messages import (
     Attach,
     Attached,
     Body,
+    Introduce,
+    Introduced,
     NamespaceSpec,
+    RegionView,
     Release,
     View,
 )
-from memfabric.errors import MemfabricError, UsageError
+from memfabric.errors import MemfabricError, UnavailableError, UsageError
 from transport.auto import AutoTransport
+from transport.errors import TimedOutError, UnreachableError
 
 DEFAULT_LEASE_NS = 10_000_000_000
 
@@ -77,7 +81,7 @@ class Engine:
         self.namespace_name = attach.namespace
         self.closed = False
         self.shape = BlockShape(1, 1)
-        self.regions = Regions(transport, self.shape)
+        self.regions = Regions(transport, self.shape, self._introduce)
         self.places = Places(1)
         self._joined = False
         self.max_lease_ns = DEFAULT_LEASE_NS
@@ -95,7 +99,7 @@ class Engine:
             self.shape = BlockShape(spec.block_bytes, spec.segments)
             self.header_stride = layout.header_stride(spec.segments)
             self.header_bytes = layout.HEADER_BASE_BYTES + 8 * (spec.segments - 1)
-            self.regions = Regions(self.transport, self.shape)
+            self.regions = Regions(self.transport, self.shape, self._introduce)
             self.places = Places(self.settings.places)
             self._joined = True
         self.max_lease_ns = max(1, attached.max_lease_ns)
@@ -122,6 +126,28 @@ class Engine:
         gone = self.regions.apply(view, joined=joined)
         if gone is not None:
             self.places.forget_regions(gone)
+
+    def _introduce(self, region: RegionView, hello: bytes, deadline_ns: int) -> bytes:
+        """As `regions.Introduce`. In threads that may wait, never in the link's own."""
+        body = Introduce(
+            node=region.node, incarnation=region.incarnation, identity=self.transport.identity, hello=hello
+        )
+        try:
+            future = self.link.submit(body, deadline_ns)
+        except UsageError as error:
+            raise UnreachableError(str(error)) from error
+        try:
+            answer = future.result().body
+        except UnavailableError as error:
+            raise TimedOutError(str(error)) from error
+        except MemfabricError as error:
+            raise UnreachableError(str(error)) from error
+        except BaseException:
+            self.link.discard(future)
+            raise
+        if not isinstance(answer, Introduced):
+            raise UnreachableError(f"the server answered an introduction with {type(answer).__name__}")
+        return answer.welcome
 
     # --- for operations ---
 

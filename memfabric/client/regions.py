@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,9 @@ Slots = npt.NDArray[np.int32]
 RegionTable = npt.NDArray[np.int64]
 """``[slots, 3]``: handle (-1: not mapped), data offset, block count."""
 
+Introduce: TypeAlias = Callable[[RegionView, bytes, int], bytes]
+"""``introduce(region, hello, deadline_ns)``: has the server carry a hello to a region's node; the welcome. Raises
+`TransportError`."""
 RETRY_NS = 500_000_000
 """Wait before a region that could not be reached is tried again."""
 
@@ -66,8 +71,9 @@ def _identity(view: RegionView) -> tuple[str, int, int, int, int, int, bytes]:
 class Regions:
     """All regions of the client's namespace."""
 
-    def __init__(self, transport: AutoTransport, shape: BlockShape) -> None:
+    def __init__(self, transport: AutoTransport, shape: BlockShape, introduce: Introduce) -> None:
         self._transport = transport
+        self._introduce = introduce
         self._shape = shape
         self._lock = threading.Lock()
         self._known: list[_Known] = []
@@ -217,7 +223,13 @@ class Regions:
 
     def _connect(self, slot: int, known: _Known, writable: bool, deadline_ns: int) -> None:
         try:
-            handle = self._transport.connect(known.view.descriptor, writable=writable, deadline_ns=deadline_ns)
+            view, introduce = known.view, self._introduce
+            handle = self._transport.connect(
+                view.descriptor,
+                writable=writable,
+                exchange=lambda hello, end_ns: introduce(view, hello, end_ns),
+                deadline_ns=deadline_ns,
+            )
         except TransportError as error:
             known.error = f"node {known.view.node}: {error}"
             known.retry_ns = time.monotonic_ns() + RETRY_NS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from memfabric.core import introductions
 from memfabric.core.cluster import Node, Region, RegionState, misfit
 from memfabric.core.messages import (
     Assign,
@@ -173,6 +174,9 @@ def command_done(state: State, peer: bytes, body: CommandDone, now_ns: int) -> D
     waiting = state.commands.done(body.command, node.name)
     if waiting is None:
         return Done()
+    if waiting.region is None:
+        introductions.answered(state, waiting, body)
+        return Done()
     region = state.cluster.regions[waiting.region]
     if body.error:
         region.state = RegionState.FAILED
@@ -317,6 +321,7 @@ def lose(state: State, node: Node, why: str) -> None:
         table.revoke(slots)
         namespace.regions.discard(number)
     state.cluster.remove_regions(node)
+    introductions.lose(state, node.name)
     state.commands.forget(node.name)
     state.log("warning" if why == "node_died" else "info", why, node=node.name, lost_blocks=lost)
     for namespace in users:

@@ -334,6 +334,21 @@ class NodeDrain(Wire, tag="node_drain", frozen=True, kw_only=True):
     undo: bool = False
 
 
+class Introduce(Wire, tag="introduce", frozen=True, kw_only=True):
+    """Carry a transport's hello to a node and bring back its welcome (`Introduced`).
+
+    Attributes:
+        node, incarnation: one that holds regions of the session's namespace, in that life.
+        identity: 16 bytes; by which name the node knows this client's transports.
+        hello: opaque; which transport it is for is part of it.
+    """
+
+    node: str
+    incarnation: int
+    identity: bytes
+    hello: bytes
+
+
 class Register(Wire, tag="register", frozen=True, kw_only=True):
     """A node announces itself and the regions that it lends. `transports`: by which, for people."""
 
@@ -352,12 +367,13 @@ class Heartbeat(Wire, tag="heartbeat", frozen=True, kw_only=True):
 
 
 class CommandDone(Wire, tag="command_done", frozen=True, kw_only=True):
-    """A node's answer to a `Command`; `error` is empty on success."""
+    """A node's answer to a `Command`; `error` is empty on success. `answer`: the welcome, of an `Accept`."""
 
     node: str
     incarnation: int
     command: int
     error: str = ""
+    answer: bytes = b""
 
 
 class Unregister(Wire, tag="unregister", frozen=True, kw_only=True):
@@ -389,6 +405,7 @@ Body = (
     | NamespaceDelete
     | GetStatus
     | NodeDrain
+    | Introduce
     | Register
     | Heartbeat
     | CommandDone
@@ -528,6 +545,12 @@ class ViewReply(Wire, tag="view", frozen=True, kw_only=True):
     view: View
 
 
+class Introduced(Wire, tag="introduced", frozen=True, kw_only=True):
+    """The node's welcome; opaque."""
+
+    welcome: bytes
+
+
 class Registered(Wire, tag="registered", frozen=True, kw_only=True):
     """The node is in. It sends a heartbeat every `heartbeat_ns`; after `dead_ns` of silence it is out."""
 
@@ -550,6 +573,7 @@ ReplyBody = (
     | Namespaces
     | Document
     | ViewReply
+    | Introduced
     | Registered
 )
 
@@ -584,10 +608,17 @@ class Unassign(Wire, tag="unassign", frozen=True, kw_only=True):
     region_id: int
 
 
+class Accept(Wire, tag="accept", frozen=True, kw_only=True):
+    """A client's hello; the node's welcome comes as `CommandDone.answer`."""
+
+    identity: bytes
+    hello: bytes
+
+
 class Command(Wire, frozen=True, kw_only=True):
     """Envelope of a command; the node answers with `CommandDone` and does a repeated one once."""
 
     command: int
     epoch: int
     incarnation: int
-    body: Assign | Unassign
+    body: Assign | Unassign | Accept

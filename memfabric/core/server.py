@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from memfabric.core import admin, blocks, membership, rights, writing
+from memfabric.core import admin, blocks, introductions, membership, rights, writing
 from memfabric.core import messages as m
 from memfabric.core.namespaces import Namespace
 from memfabric.core.sessions import Session
@@ -144,6 +144,7 @@ class ServerCore:
             if now_ns - session.last_seen_ns >= state.config.session_ttl_ns:
                 admin.end_session(state, session, now_ns, "silent")
         membership.bury(state, now_ns)
+        introductions.expire(state, now_ns)
         membership.resend_commands(state, now_ns)
         membership.return_retired(state, now_ns)
         for namespace in state.namespaces.values():
@@ -205,6 +206,9 @@ class ServerCore:
         if known is not None:
             return known
         if any(parked.session is session and parked.request.sequence == request.sequence for parked in self._parked):
+            return None
+        if isinstance(body, m.Introduce):
+            introductions.introduce(state, session, request.sequence, peer, body, now_ns)
             return None
         try:
             done = self._execute(session, request, now_ns, may_park=len(self._parked) < MAX_PARKED)

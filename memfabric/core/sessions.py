@@ -118,6 +118,10 @@ class Sessions:
         found.last_seen_ns = now_ns
         return found
 
+    def find(self, session: int) -> Session | None:
+        """The session, if it is open."""
+        return self._sessions.get(session)
+
     def close(self, session: Session) -> None:
         """Forget the session; its leases must have ended."""
         del self._sessions[session.id]

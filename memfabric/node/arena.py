@@ -6,7 +6,9 @@ It knows no sockets.
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,11 +17,19 @@ import numpy.typing as npt
 
 import transport
 from memfabric.core import layout
-from memfabric.core.messages import Assign, RegionOffer, Unassign
+from memfabric.core.messages import Accept, Assign, RegionOffer, Unassign
 from memfabric.node.options import NodeOptions
-from transport.auto import OWNER_BYTES, combine
+from transport.auto import OWNER_BYTES, combine, read_hello
 
 _SCRUB_STEP_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandResult:
+    """`error`: empty on success. `answer`: to a client's hello."""
+
+    error: str = ""
+    answer: bytes = b""
 
 
 class Arena:
@@ -48,7 +58,9 @@ class Arena:
         self._fabrics = dict(fabrics or {})
         self._regions: dict[int, transport.Region] = {}
         self._lent: dict[int, list[transport.Region]] = {}
-        self._done: dict[tuple[int, int], str] = {}
+        self._done: dict[tuple[int, int], CommandResult] = {}
+        self._accepted: dict[tuple[int, int], CommandResult] = {}
+        self._accepting = threading.Lock()
         room = transport.tightest_room(options.directory)
         wanted = options.region_count * options.region_bytes
         if wanted > room.free_bytes:  # said before the first region takes its share, not after the last that fitted
@@ -87,20 +99,37 @@ class Arena:
             )
         return offers
 
+    def accept(self, epoch: int, command: int, body: Accept) -> CommandResult:
+        """Answer a client's hello, once however often it comes."""
+        with self._accepting:
+            token = (epoch, command)
+            if token not in self._accepted:
+                try:
+                    name, hello = read_hello(body.hello)
+                    fabric = self._fabrics.get(name)
+                    if fabric is None:
+                        raise transport.UnsupportedError(f"regions are not lent over {name[:64]!r} here")
+                    self._accepted[token] = CommandResult("", fabric.accept(hello, body.identity))
+                except (transport.TransportError, ValueError) as error:
+                    self._accepted[token] = CommandResult(str(error) or repr(error))
+                while len(self._accepted) > 1000:
+                    del self._accepted[next(iter(self._accepted))]
+            return self._accepted[token]
+
     @property
     def transports(self) -> list[str]:
         """By which the regions are lent."""
         return ["shm", *self._fabrics]
 
-    def execute(self, epoch: int, command: int, body: Assign | Unassign) -> str:
-        """Do a command, once however often it comes; returns the error text, empty on success."""
+    def execute(self, epoch: int, command: int, body: Assign | Unassign) -> CommandResult:
+        """Do a command, once however often it comes."""
         token = (epoch, command)
         if token not in self._done:
             try:
                 self._execute(epoch, body)
-                self._done[token] = ""
+                self._done[token] = CommandResult()
             except (layout.LayoutError, transport.TransportError) as error:
-                self._done[token] = str(error) or repr(error)
+                self._done[token] = CommandResult(str(error) or repr(error))
             while len(self._done) > 10_000:
                 del self._done[next(iter(self._done))]
         return self._done[token]

@@ -16,7 +16,7 @@ from memfabric.server.options import split_tcp
 from transport import Transport, registry
 from transport.errors import TransportError
 
-AUTO = ("ucx",)
+AUTO = ("verbs", "ucx")
 """What `auto` lends over between hosts, where it can be used."""
 _LISTENING = ("ucx",)
 """Transports that take `addresses`."""

@@ -22,6 +22,7 @@ import transport
 from memfabric import logs, wire
 from memfabric.core.messages import (
     MAX_FRAME_BYTES,
+    Accept,
     Body,
     Command,
     CommandDone,
@@ -69,7 +70,9 @@ class Node:
         self._context = zmq.Context(io_threads=1)
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._stopping = threading.Event()
+        # Formatting a region can take long (scrubbing gigabytes); who wants to connect does not wait for it.
         self._work: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._hellos: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[CommandDone] = queue.SimpleQueue()
         self._sequence = 0
         self._bad_frame_logged_s = -_BAD_FRAME_LOG_S
@@ -128,8 +131,12 @@ class Node:
             UnavailableError: the server was not reached within `register_timeout_s` at the start.
             RefusedError: the server does not take this node (its name is taken, …).
         """
-        worker = threading.Thread(target=self._do_commands, name="memfabric-node-commands", daemon=True)
-        worker.start()
+        workers = [
+            threading.Thread(target=self._do_commands, args=(each,), name=name, daemon=True)
+            for each, name in ((self._work, "memfabric-node-commands"), (self._hellos, "memfabric-node-hellos"))
+        ]
+        for worker in workers:
+            worker.start()
         try:
             registered = self._register(deadline_s=time.monotonic() + self.options.register_timeout_s)
             if registered is not None:
@@ -146,7 +153,9 @@ class Node:
                 self._leave()
         finally:
             self._work.put(None)
-            worker.join(timeout=5.0)
+            self._hellos.put(None)
+            for worker in workers:
+                worker.join(timeout=5.0)
             self._context.destroy(linger=100)
             self._arena.close()
             self._shm.close()
@@ -196,7 +205,7 @@ class Node:
         ):
             message = self._receive(left_s)
             if isinstance(message, Command):
-                self._work.put(message)
+                self._take(message)
             elif (
                 isinstance(message, Reply)
                 and message.sequence in (sequence, 0)
@@ -257,7 +266,7 @@ class Node:
             while not self._done.empty():
                 self._send(self._done.get())
             if isinstance(message, Command):
-                self._work.put(message)
+                self._take(message)
             elif isinstance(message, Reply) and isinstance(message.body, Refused):
                 again = self._must_return(message.body)
                 if again is None:
@@ -297,16 +306,26 @@ class Node:
 
     # --- commands ---
 
-    def _do_commands(self) -> None:
-        """Formatting can take long (scrubbing gigabytes), so it does not hold up heartbeats."""
-        while (command := self._work.get()) is not None:
+    def _take(self, command: Command) -> None:
+        (self._hellos if isinstance(command.body, Accept) else self._work).put(command)
+
+    def _do_commands(self, commands: queue.SimpleQueue[Command | None]) -> None:
+        """Not in the loop, so that it does not hold up heartbeats."""
+        while (command := commands.get()) is not None:
             arena = self._arena
             if command.incarnation != arena.incarnation:
                 continue
-            error = arena.execute(command.epoch, command.command, command.body)
+            if isinstance(command.body, Accept):
+                done = arena.accept(command.epoch, command.command, command.body)
+            else:
+                done = arena.execute(command.epoch, command.command, command.body)
             self._done.put(
                 CommandDone(
-                    node=self.options.name, incarnation=command.incarnation, command=command.command, error=error
+                    node=self.options.name,
+                    incarnation=command.incarnation,
+                    command=command.command,
+                    error=done.error,
+                    answer=done.answer,
                 )
             )
             self._wake()

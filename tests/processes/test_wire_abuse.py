@@ -286,6 +286,7 @@ def _hostile(pick: random.Random, session: int) -> m.Request:
         lambda: m.NodeDrain(node=text(), undo=True),
         lambda: m.Heartbeat(node=text(), incarnation=number()),
         lambda: m.CommandDone(node=text(), incarnation=number(), command=number(), error=text()),
+        lambda: m.Introduce(node=text(), incarnation=number(), identity=column(16), hello=pick.randbytes(40)),
         lambda: m.Unregister(node=text(), incarnation=number()),
     ]
     while True:
