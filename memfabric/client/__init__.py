@@ -9,6 +9,7 @@ from memfabric.client.aio import AsyncClient, AsyncReadLease, AsyncWriteLease, c
 from memfabric.client.handles import ReadLease, WriteLease
 from memfabric.client.listing import BlockPage
 from memfabric.client.memory import PagedBlocks, PagedLayout
+from memfabric.client.registered import Registration
 from memfabric.client.results import (
     GetResult,
     GetStatus,
@@ -39,6 +40,7 @@ __all__ = [
     "PutResult",
     "PutStatus",
     "ReadLease",
+    "Registration",
     "RemoveResult",
     "RemoveStatus",
     "WriteLease",

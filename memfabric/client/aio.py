@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from memfabric.client import leases, listing, reading, writing
+from memfabric.client import leases, listing, reading, registered, writing
 from memfabric.client.buffers import Keys, chained_keys, distinct_keys, key_array, new_output, resolve, token_column
 from memfabric.client.effects import Operation, run_async
 from memfabric.client.engine import Engine
 from memfabric.client.listing import BlockPage
 from memfabric.client.options import open_engine
+from memfabric.client.registered import Registration
 from memfabric.client.results import GetResult, PinResult, PrefetchResult, PutResult, RemoveResult, StatusColumn
 from memfabric.client.sync import describe, make_keys
 from memfabric.core.fingerprint import Fingerprint
@@ -174,6 +175,10 @@ class AsyncClient:
     async def prefetch(self, keys: Keys, *, timeout_s: float | None = None) -> PrefetchResult:
         """See `Client.prefetch`."""
         return await self._run(lambda e: reading.prefetch(e, key_array(keys), e.deadline_ns(timeout_s)))
+
+    async def register(self, memory: Any) -> Registration:
+        """See `Client.register`."""
+        return await self._run(lambda e: registered.register(e, memory))
 
     async def explain(self, key: bytes | str, *, timeout_s: float | None = None) -> dict[str, Any]:
         """See `Client.explain`."""

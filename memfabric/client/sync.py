@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from memfabric.client import leases, listing, reading, writing
+from memfabric.client import leases, listing, reading, registered, writing
 from memfabric.client.buffers import Keys, chained_keys, distinct_keys, key_array, new_output, resolve, token_column
 from memfabric.client.effects import Operation, run
 from memfabric.client.engine import Engine
@@ -18,6 +18,7 @@ from memfabric.client.handles import ReadLease, WriteLease
 from memfabric.client.listing import BlockPage
 from memfabric.client.options import open_engine
 from memfabric.client.quick import Quick
+from memfabric.client.registered import Registration
 from memfabric.client.results import GetResult, PinResult, PrefetchResult, PutResult, RemoveResult
 from memfabric.core.fingerprint import Fingerprint
 from memfabric.core.keys import ROOT, BlockKeys, block_keys
@@ -249,6 +250,24 @@ class Client:
     def prefetch(self, keys: Keys, *, timeout_s: float | None = None) -> PrefetchResult:
         """Learn the places of blocks now, so that the next `get` of them needs no request."""
         return self._run(lambda e: reading.prefetch(e, key_array(keys), e.deadline_ns(timeout_s)))
+
+    def register(self, memory: Any) -> Registration:
+        """Register local memory once, so that RDMA goes straight to and from it instead of through a staging buffer.
+
+        For buffers that many calls use, such as an engine's KV cache. It is advice: where memory cannot be registered
+        (a limit of locked memory), or a transport has no use for it, calls work as before; `stats` counts what was
+        staged and what could not be registered, the log says why.
+
+        Args:
+            memory: a writable array, CPU tensor or buffer, or a list of such; strides do not matter.
+
+        Returns:
+            What ends it: a context manager with `close`. It keeps the memory alive.
+
+        Raises:
+            UsageError: read-only, empty, no plain host memory, or the client is closed. Nothing is registered then.
+        """
+        return self._run(lambda e: registered.register(e, memory))
 
     def explain(self, key: bytes | str, *, timeout_s: float | None = None) -> dict[str, Any]:
         """Everything the server knows about a key (16 bytes, or 32 hexadecimal digits)."""

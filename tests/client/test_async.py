@@ -47,6 +47,8 @@ def test_the_same_operations_awaited(pool: ThreadPool) -> None:
             async with await client.reserve(client.block_keys(tokens(1, 6))):
                 pass
             assert (await client.prefetch(keys)).found_count == 20
+            with await client.register(bytearray(4096)) as registered:
+                assert registered.size_bytes == 4096
             assert sum([len(page) async for page in client.list_blocks(page=7)]) == 22
             assert (await client.explain(keys[0]))["key"] == keys[0].hex()
             assert (await client.remove(keys)).removed_count == 20

@@ -181,6 +181,22 @@ def test_prefetch_saves_the_request(client: memfabric.Client, other: memfabric.C
     assert result.ok and result.optimistic_count == 5 and np.array_equal(result.out, data[:5])
 
 
+def test_memory_can_be_registered(client: memfabric.Client) -> None:
+    keys, data = client.block_keys(tokens(6)), blocks(6)
+    client.put(keys, data)
+    out = np.zeros_like(data)
+    with client.register(out) as one, client.register([out, bytearray(64)]) as two:
+        assert (one.size_bytes, two.size_bytes) == (out.nbytes, out.nbytes + 64)
+        assert client.get(keys, out).ok and np.array_equal(out, data)
+        two.close()
+        two.close()
+    assert one.size_bytes == 0
+    out.flags.writeable = False
+    for bad in (out, b"read-only", np.zeros(0, np.uint8), [np.zeros(4, np.uint8), object()]):
+        with pytest.raises(UsageError):
+            client.register(bad)
+
+
 def test_a_block_that_was_replaced_is_noticed(client: memfabric.Client, other: memfabric.Client) -> None:
     keys, data = client.block_keys(tokens(3)), blocks(3)
     client.put(keys, data)
