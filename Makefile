@@ -25,8 +25,10 @@ test: $(DEMO)/.ready $(DEV)/.ready ## all tests, the demonstration with the real
 	$(PYTEST) -m "not demo"
 	$(DEMO)/bin/python -m pytest tests/demo tests/client/test_client.py::test_torch_tensors
 
-test-rdma: $(DEV)/.ready ## UCX over RoCE, in a virtual machine with a Soft-RoCE device (x86-64, Debian or alike)
-	scripts/rxe-vm --time-limit 900 --apt libucx0 -- $(DEV)/bin/python -m pytest tests/rdma
+test-rdma: $(DEV)/.ready ## verbs and UCX over RoCE, in virtual machines with Soft-RoCE devices (x86-64, Debian or alike)
+	scripts/rxe-vm --nodes 2 --time-limit 400 -- $(DEV)/bin/python -m tests.rdma.two_guests
+	scripts/rxe-vm --time-limit 2400 --pyverbs --hugepages 8 --apt libucx0 -- \
+	  $(DEV)/bin/python -m pytest tests/rdma --durations=10
 
 test-fast: $(DEV)/.ready ## tests without processes and models
 	$(PYTEST) -m "not demo and not processes"
