@@ -38,6 +38,8 @@ def _shm(system: System, probed: Probed) -> TransportVerdict:
     if not os.access(system.shared_memory, os.R_OK | os.W_OK | os.X_OK):
         return TransportVerdict("shm", False, f"{place} may not be written by this user")
     mount = system.mount_of(system.shared_memory)
+    if mount is not None and mount.kind == "hugetlbfs":
+        return TransportVerdict("shm", False, f"{place} is on hugetlbfs")
     on_disk = mount is not None and mount.kind not in MEMORY_FILE_SYSTEMS
     slower = f"{place} is on a disk" if on_disk else ""
     return TransportVerdict("shm", True, f"{probed.data_path} in {place}, between processes of this host", slower)

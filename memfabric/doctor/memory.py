@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from memfabric import units
 from memfabric.doctor.findings import Finding, Severity, shown
 from memfabric.doctor.system import IPC_LOCK, MEMORY_FILE_SYSTEMS, UNLIMITED, System
-from transport._memory import RESERVE_BYTES, available_memory, control_group_rooms, filesystem_room
+from transport._memory import control_group_rooms, filesystem_room
 
 SMALL_BYTES = units.GIB
 """With less room than this a node's default share is cut."""
@@ -28,6 +28,15 @@ def shared_memory(system: System) -> Iterator[Finding]:
         )
         return
     mount = system.mount_of(system.shared_memory)
+    if mount is not None and mount.kind == "hugetlbfs":
+        yield Finding(
+            area,
+            Severity.PROBLEM,
+            f"{directory} is on hugetlbfs",
+            "regions cannot be kept there; on a tmpfs the kernel gives them huge pages if it is asked to",
+            ("unset MEMFABRIC_SHM_DIRECTORY # or name a directory on a tmpfs",),
+        )
+        return
     if mount is not None and mount.kind not in MEMORY_FILE_SYSTEMS:
         yield Finding(
             area,
@@ -54,20 +63,21 @@ def shared_memory(system: System) -> Iterator[Finding]:
 
 def limits(system: System) -> Iterator[Finding]:
     """What the machine and its control groups leave."""
-    memory = available_memory(system.proc)
-    if memory is not None:
-        few = memory.free_bytes < SMALL_BYTES
+    available_kib = system.meminfo().get("MemAvailable")
+    if available_kib is not None:
+        few = available_kib * 1024 < SMALL_BYTES
         yield Finding(
             "memory",
             Severity.WARNING if few else Severity.OK,
-            f"{units.format_bytes(memory.free_bytes + (0 if few else RESERVE_BYTES))} available on the machine",
+            f"{units.format_bytes(available_kib * 1024)} available on the machine",
             "regions take their memory in full when a node starts" if few else "",
             ("free -h # then stop other programs, or lend less: memfabric node --memory SIZE",) if few else (),
         )
     try:
         rooms = control_group_rooms(system.proc, system.sys / "fs/cgroup")
-    except OSError:  # a group's name that no file can have
-        rooms = []
+    except (OSError, ValueError) as error:  # a name that no file can have, a number without end
+        yield Finding("control group", Severity.INFO, f"its limits cannot be read: {shown(str(error))}")
+        return
     if not rooms:
         yield Finding("control group", Severity.OK, "no memory limit")
         return

@@ -58,7 +58,14 @@ class Probed:
 
 
 def ask(name: str, *, code: str = _CODE, limit_s: float = LIMIT_S) -> Probed:
-    """Try a transport. Never raises for what the child does; ends within a few seconds of `limit_s`."""
+    """Try a transport. Never raises for what comes of it; ends within a few seconds of `limit_s`.
+
+    Args:
+        name: of the transport. `shm` has no library but memfabric's own, and is tried in this process.
+        code: what the child runs. limit_s: how long it may take.
+    """
+    if name == "shm":
+        return _understand(name, json.dumps(_look(name)))
     try:
         child = subprocess.Popen(
             [sys.executable, "-c", code, name, *sys.path],
@@ -126,17 +133,20 @@ def tell(name: str) -> None:
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(LIMIT_S + 5)
+    sys.stdout.write(f"\n{_MARK}{json.dumps(_look(name))}\n")
+
+
+def _look(name: str) -> dict[str, Any]:
     answer: dict[str, Any] = {"why_not": "", "data_path": "", "info": {}, "devices": []}
     try:
-        made = registry.create(name)
-        with made:
+        with registry.create(name) as made:
             answer["data_path"] = made.capabilities.data_path
             answer["info"] = made.info() if hasattr(made, "info") else {}
     except (TransportError, OSError) as error:
         answer["why_not"] = str(error) or repr(error)
     if name == "verbs":
         answer["devices"] = _verbs_devices()
-    sys.stdout.write(f"\n{_MARK}{json.dumps(answer)}\n")
+    return answer
 
 
 def _verbs_devices() -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 MOST_BYTES = 1 << 20
 """A kernel's configuration, the longest file that is read, has about 300 KiB."""
 UNLIMITED = -1
-MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "hugetlbfs")
+MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 IPC_LOCK, SYS_PTRACE = 14, 19
 """Source: linux/capability.h."""
 _NUMBER = re.compile(r"-?[0-9]{1,18}", re.ASCII)
