@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from memfabric.doctor import Finding, Report
 
 EXIT_PROBLEMS = 1
-_STYLES = {"problem": "bold red", "warning": "yellow", "info": "cyan", "ok": "green"}
-_MARKS = {"problem": ("✗", "X"), "warning": ("!", "!"), "info": ("·", "-"), "ok": ("✓", "+")}
+_STYLES = {"problem": "bold red", "warning": "yellow", "info": "cyan", "ok": "green", "missing": "dim"}
+_MARKS = {"problem": ("✗", "X"), "warning": ("!", "!"), "info": ("·", "-"), "ok": ("✓", "+"), "missing": ("✗", "x")}
 _INDENT = 19
 """Columns of a mark and the longest area."""
 
@@ -71,7 +71,7 @@ def show(report: Report, screen: Console) -> None:
 
     _heading(screen, "Transports")
     for verdict in report.transports:
-        kind = "problem" if not verdict.usable else "warning" if verdict.slower else "ok"
+        kind = "missing" if not verdict.usable else "warning" if verdict.slower else "ok"
         _rows(screen, kind, verdict.name, verdict.words, verdict.detail if verdict.usable else "")
     groups = {"To mend": ("problem", "warning"), "Worth knowing": ("info",), "In order": ("ok",)}
     for title, kinds in groups.items():

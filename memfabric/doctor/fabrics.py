@@ -9,6 +9,7 @@ from memfabric.doctor import rdma
 from memfabric.doctor.findings import Finding, Severity, TransportVerdict, shown
 from memfabric.doctor.probe import Probed
 from memfabric.doctor.system import MEMORY_FILE_SYSTEMS, System
+from transport._ucx_library import VARIABLE
 
 _RELIABLE = ("rc_", "dc_")
 """UCX transports over InfiniBand and RoCE that leave the target's processor alone."""
@@ -89,7 +90,9 @@ def _about_ucx(system: System, probed: Probed) -> Iterator[Finding]:
             Severity.WARNING if devices else Severity.INFO,
             "it cannot be used here",
             "without it memfabric reaches other hosts only over transports of its own",
-            ("apt-get install libucx0 # RHEL: dnf install ucx ucx-ib", "pip install 'memfabric[ucx]' # TCP only"),
+            (f"unset {VARIABLE} # or name a libucp there",)
+            if f"${VARIABLE}" in probed.why_not
+            else ("apt-get install libucx0 # RHEL: dnf install ucx ucx-ib", "pip install 'memfabric[ucx]' # TCP only"),
         )
     elif devices and not any(transport.startswith(_RELIABLE) for transport, _ in probed.fabrics):
         components = "component" in probed.info.get("transports", "") and ":  ib\n" in probed.info["transports"]

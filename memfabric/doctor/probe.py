@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 
 from memfabric.doctor.findings import shown
 from transport import registry
-from transport.errors import TransportError, UnsupportedError
+from transport.errors import TransportError
 
 LIMIT_S = 30
 """A probe takes a fraction of a second; in an emulated machine some seconds."""
@@ -152,15 +153,14 @@ def _look(name: str) -> dict[str, Any]:
 def _verbs_devices() -> list[dict[str, Any]]:
     """What libibverbs knows of devices beyond the kernel's files."""
     try:
-        from transport import verbs  # type: ignore[attr-defined,unused-ignore]
-
-        return [
-            {
-                "name": device.name,
-                "error": device.error,
-                "mtu_bytes": {port.number: port.mtu_bytes for port in device.ports},
-            }
-            for device in verbs.devices()
-        ]
-    except (ImportError, UnsupportedError):
+        listed = importlib.import_module("transport.verbs").devices()
+    except (ImportError, TransportError, OSError):
         return []
+    return [
+        {
+            "name": device.name,
+            "error": device.error,
+            "mtu_bytes": {port.number: port.mtu_bytes for port in device.ports},
+        }
+        for device in listed
+    ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from memfabric.doctor.findings import Finding, Severity, shown
@@ -35,16 +36,28 @@ def in_software(system: System, device: str) -> bool:
 
 
 def rdma(system: System) -> Iterator[Finding]:
-    """Adapters, the way to them, and their ports."""
+    """Adapters, the way to them, and their ports.
+
+    That one of several adapters or ports is not used is usual: it is a problem only where there is no other.
+    """
     found = names(system)
     if not found:
         yield _nothing(system)
         return
-    yield from _access(system, found)
+    yield from _at_least_one(_access(system, found))
     loaded = [name for name in _MODULES if (system.sys / "module" / name).exists()]
     if loaded:
         yield Finding("RDMA", Severity.OK, f"kernel modules: {', '.join(loaded)}")
+    ports = [
+        _Port(system, device, port)
+        for device in found
+        for port in system.names(system.sys / "class/infiniband" / device / "ports")
+    ]
+    yield from _at_least_one(port.finding() for port in ports)
+    for port in ports:
+        yield from port.packets()
     for device in found:
+        yield from _slot(system, device)
         if in_software(system, device):
             yield Finding(
                 "RDMA",
@@ -52,9 +65,17 @@ def rdma(system: System) -> Iterator[Finding]:
                 f"{shown(device)} is emulated in software",
                 "it shows that things work, not how fast: the processors move every byte",
             )
-        yield from _slot(system, device)
-        for port in system.names(system.sys / "class/infiniband" / device / "ports"):
-            yield from _port(system, device, port)
+
+
+def _at_least_one(findings: Iterable[Finding]) -> list[Finding]:
+    """Problems are for information where there is one without a problem."""
+    told = list(findings)
+    if all(finding.severity is Severity.PROBLEM for finding in told):
+        return told
+    problem = Severity.PROBLEM
+    return [
+        dataclasses.replace(each, severity=Severity.INFO, fix=()) if each.severity is problem else each for each in told
+    ]
 
 
 def _nothing(system: System) -> Finding:
@@ -121,56 +142,61 @@ def _slot(system: System, device: str) -> Iterator[Finding]:
         )
 
 
-def _port(system: System, device: str, port: str) -> Iterator[Finding]:
-    place = system.sys / "class/infiniband" / device / "ports" / port
-    state = shown((system.text(place / "state") or "unknown").rpartition(":")[2].strip(), 20)
-    layer = shown(system.text(place / "link_layer") or "unknown link layer", 20)
-    rate = shown(system.text(place / "rate") or "unknown rate", 40)
-    gids = _gids(system, place)
-    more = f" and {len(gids) - _SHOWN_GIDS} more" if len(gids) > _SHOWN_GIDS else ""
-    where = f"{shown(device, 32)} port {shown(port, 8)}"
-    link = "RoCE" if layer == "Ethernet" else layer
-    told = f"{where}: {link}, {state}, {rate}; GID {', '.join(gids[:_SHOWN_GIDS]) or 'none'}{more}"
-    if state != "ACTIVE":
-        yield Finding(
-            "RDMA",
-            Severity.PROBLEM,
-            told,
-            "a port that is not active carries nothing",
-            (
-                f"ibstat {shown(device, 32)} # cable, switch; on InfiniBand the subnet manager",
-                *(("ip link set INTERFACE up",) if layer == "Ethernet" else ()),
-            ),
-        )
-    elif not gids and layer == "Ethernet":
-        yield Finding(
-            "RDMA",
-            Severity.PROBLEM,
-            told,
-            "RoCE addresses a port by its GIDs, which follow the interface's IP addresses",
-            ("ip address add ADDRESS/LENGTH dev INTERFACE", f"rdma link show {shown(device, 32)}/{shown(port, 8)}"),
-        )
-    else:
-        yield Finding("RDMA", Severity.OK, told)
-    if layer == "Ethernet" and not in_software(system, device):
-        yield from _packets(system, place, where)
+class _Port:
+    """One port of an adapter."""
 
+    def __init__(self, system: System, device: str, port: str) -> None:
+        self._system = system
+        self._place = system.sys / "class/infiniband" / device / "ports" / port
+        self._name = f"{shown(device, 32)}/{shown(port, 8)}"
+        self._where = f"{shown(device, 32)} port {shown(port, 8)}"
+        self._ethernet = system.text(self._place / "link_layer") == "Ethernet"
+        self._hardware = not in_software(system, device)
 
-def _packets(system: System, place: Path, where: str) -> Iterator[Finding]:
-    """RoCE packets are as large as the interface's MTU allows."""
-    interfaces = {
-        system.text(place / "gid_attrs/ndevs" / number) for number in system.names(place / "gid_attrs/ndevs")
-    } - {None, ""}
-    for name in sorted(shown(each or "", 16) for each in interfaces):
-        mtu = None if "/" in name else system.number(system.sys / "class/net" / name / "mtu")
-        if mtu is not None and 0 < mtu < _ROCE_MTU_BYTES:
-            yield Finding(
+    def finding(self) -> Finding:
+        """What it is and whether it can carry anything."""
+        system, place = self._system, self._place
+        state = shown((system.text(place / "state") or "unknown").rpartition(":")[2].strip(), 20)
+        layer = "RoCE" if self._ethernet else shown(system.text(place / "link_layer") or "unknown link", 20)
+        rate = shown(system.text(place / "rate") or "unknown rate", 40)
+        gids = _gids(system, place)
+        more = f" and {len(gids) - _SHOWN_GIDS} more" if len(gids) > _SHOWN_GIDS else ""
+        told = f"{self._where}: {layer}, {state}, {rate}; GID {', '.join(gids[:_SHOWN_GIDS]) or 'none'}{more}"
+        if state != "ACTIVE":
+            link = "" if self._ethernet else "; is a subnet manager running?"
+            return Finding(
                 "RDMA",
-                Severity.WARNING,
-                f"{where}: the MTU of {name} is {mtu}",
-                f"RoCE packets of 4096 bytes need {_ROCE_MTU_BYTES}; smaller ones cost bandwidth",
-                (f"ip link set {name} mtu 9000 # on all hosts and switches of the fabric",),
+                Severity.PROBLEM,
+                told,
+                f"a port that is not active carries nothing: look at cable and switch{link}",
+                (f"rdma link show {self._name}", *(("ip link set INTERFACE up",) if self._ethernet else ())),
             )
+        if self._ethernet and not gids:
+            return Finding(
+                "RDMA",
+                Severity.PROBLEM,
+                told,
+                "RoCE addresses a port by its GIDs, which follow the IP addresses of its interface",
+                (f"rdma link show {self._name} # names the interface", "ip address add ADDRESS/LENGTH dev INTERFACE"),
+            )
+        return Finding("RDMA", Severity.OK, told)
+
+    def packets(self) -> Iterator[Finding]:
+        """RoCE packets are as large as the interface's MTU allows."""
+        if not (self._ethernet and self._hardware):
+            return
+        system, place = self._system, self._place / "gid_attrs/ndevs"
+        interfaces = {shown(system.text(place / number) or "", 16) for number in system.names(place)}
+        for name in sorted(interfaces):
+            mtu = system.number(system.sys / "class/net" / name / "mtu") if name and "/" not in name else None
+            if mtu is not None and 0 < mtu < _ROCE_MTU_BYTES:
+                yield Finding(
+                    "RDMA",
+                    Severity.WARNING,
+                    f"{self._where}: the MTU of {name} is {mtu}",
+                    f"RoCE packets of 4096 bytes need {_ROCE_MTU_BYTES}; smaller ones cost bandwidth",
+                    (f"ip link set {name} mtu 9000 # on all hosts and switches of the fabric",),
+                )
 
 
 def _gids(system: System, place: Path) -> list[str]:

@@ -73,11 +73,13 @@ def test_a_control_group(host: Host, limit: int, severity: Severity) -> None:
     assert str(limit) in finding.what
 
 
-def test_a_group_above_counts_too(host: Host) -> None:
+@pytest.mark.parametrize(("outer", "inner", "left"), [(128, 4096, "64 MiB"), (4096, 256, "192 MiB")])
+def test_the_tightest_group_counts(host: Host, outer: int, inner: int, left: str) -> None:
     host.write("proc/self/cgroup", "0::/pods/mine\n")
-    host.write("sys/fs/cgroup/pods/mine/memory.max", "max").write("sys/fs/cgroup/pods/mine/memory.current", "0")
-    host.write("sys/fs/cgroup/pods/memory.max", f"{128 << 20}").write("sys/fs/cgroup/pods/memory.current", "0")
-    assert one(limits(host.system()), "left below").what.startswith("64 MiB left")
+    for place, limit in (("pods", outer), ("pods/mine", inner)):
+        host.write(f"sys/fs/cgroup/{place}/memory.max", f"{limit << 20}")
+        host.write(f"sys/fs/cgroup/{place}/memory.current", "0")
+    assert one(limits(host.system()), "left below").what.startswith(f"{left} left")
 
 
 @pytest.mark.parametrize(("kib", "severity"), [(24 << 20, Severity.OK), (512 << 10, Severity.WARNING)])

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -94,6 +95,14 @@ def test_words_before_and_after_the_answer_do_no_harm() -> None:
     answer = json.dumps({"why_not": "", "data_path": "by hand", "info": {}, "devices": []})
     probed = ask("good", code=f"print('UCX  WARN'); print({probe._MARK + answer!r}); print('bye')")
     assert probed == Probed("good", data_path="by hand")
+
+
+def test_the_last_answer_counts() -> None:
+    """What a transport prints in its name while it is tried comes before the answer."""
+    forged, real = (
+        probe._MARK + json.dumps({"why_not": why, "data_path": "", "info": {}, "devices": []}) for why in ("", "real")
+    )
+    assert ask("two", code=f"print({forged!r}); print({real!r})").why_not == "real"
 
 
 JSON = st.recursive(
@@ -192,6 +201,21 @@ def test_verbs_are_judged_by_the_device(host: Host) -> None:
     fine, broken = findings(system, [made])
     assert (fine.severity, fine.what) == (Severity.OK, "mlx5_0: packets of 4096 bytes at port 1")
     assert (broken.severity, broken.what) == (Severity.PROBLEM, "mlx5_1 cannot be opened: no driver")
+
+
+def test_devices_are_those_that_verbs_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = SimpleNamespace(number=1, mtu_bytes=1024)
+    device = SimpleNamespace(name="rxe0", error="", ports=(port,))
+    monkeypatch.setitem(sys.modules, "transport.verbs", SimpleNamespace(devices=lambda: [device]))
+    told = probe._understand("verbs", json.dumps(probe._look("verbs")))
+    assert told.devices == [{"name": "rxe0", "error": "", "mtu_bytes": {"1": 1024}}]
+
+
+def test_a_library_that_was_named_and_is_none(host: Host) -> None:
+    (finding,) = findings(
+        host.system(), [Probed("ucx", "UCX can't be used here: /x ($MEMFABRIC_UCX_LIBRARY): no file")]
+    )
+    assert finding.fix == ("unset MEMFABRIC_UCX_LIBRARY # or name a libucp there",)
 
 
 def test_what_a_third_partys_transport_says_cannot_steer_a_terminal(host: Host) -> None:

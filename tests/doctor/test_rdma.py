@@ -73,7 +73,21 @@ def test_a_port_that_is_not_active(host: Host, state: str) -> None:
     finding = one(rdma(host.system()), "port 1")
     assert finding.severity is Severity.PROBLEM
     assert state.split()[1] in finding.what
-    assert finding.fix[0].startswith("ibstat mlx5_0")
+    assert finding.fix[0].startswith("rdma link show mlx5_0/1")
+
+
+def test_an_unused_port_beside_one_in_use_is_usual(host: Host) -> None:
+    host.adapter("mlx5_0", 0, state="1: DOWN").adapter("mlx5_1", 1)
+    findings = list(rdma(host.system()))
+    assert worst(findings) is Severity.INFO
+    unused = one(findings, "mlx5_0 port 1")
+    assert (unused.severity, unused.fix) == (Severity.INFO, ())
+    assert one(findings, "mlx5_1 port 1").severity is Severity.OK
+
+
+def test_no_port_in_use_is_a_problem(host: Host) -> None:
+    host.adapter("mlx5_0", 0, state="1: DOWN").adapter("mlx5_1", 1, state="2: INIT")
+    assert [finding.severity for finding in rdma(host.system()) if "port 1" in finding.what] == [Severity.PROBLEM] * 2
 
 
 def test_roce_without_an_address(host: Host) -> None:
@@ -81,7 +95,7 @@ def test_roce_without_an_address(host: Host) -> None:
     finding = one(rdma(host.system()), "port 1")
     assert finding.severity is Severity.PROBLEM
     assert "GID none" in finding.what
-    assert finding.fix[0].startswith("ip address add")
+    assert finding.fix[1].startswith("ip address add")
 
 
 def test_infiniband_without_a_gid_has_its_lid(host: Host) -> None:
@@ -121,10 +135,11 @@ def test_a_file_that_may_not_be_opened(host: Host) -> None:
 
 
 def test_each_device_is_held_against_its_own_file(host: Host) -> None:
+    """A container that was given one of two adapters sees both in /sys."""
     host.adapter("mlx5_0", 0).adapter("mlx5_1", 1)
     (host.root / "dev/infiniband/uverbs1").unlink()
     findings = list(rdma(host.system()))
-    assert one(findings, "mlx5_1 is there, but not").severity is Severity.PROBLEM
+    assert one(findings, "mlx5_1 is there, but not").severity is Severity.INFO
     assert one(findings, "uverbs0 may be opened").severity is Severity.OK
 
 
