@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,6 +90,36 @@ def test_a_child_that_hangs_is_gone_afterwards(tmp_path: Path) -> None:
     ask("bad", code=code, limit_s=5)
     with pytest.raises(ProcessLookupError):
         os.kill(int(where.read_text()), 0)
+
+
+def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
+    """The child hangs in opening a library that is a pipe; the parent is killed."""
+    pipe = tmp_path / "libucp.so.0"
+    os.mkfifo(pipe)
+    code = "from memfabric.doctor.probe import ask; ask('ucx')"
+    environment = {**os.environ, "MEMFABRIC_UCX_LIBRARY": str(pipe)}
+
+    def hanging() -> list[int]:
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                told = (entry / "environ").read_bytes() if entry.name.isdigit() else b""
+            except OSError:
+                continue
+            if str(pipe).encode() in told:
+                found.append(int(entry.name))
+        return found
+
+    def eventually(count: int) -> None:
+        deadline_s = time.monotonic() + 60
+        while len(hanging()) != count:
+            assert time.monotonic() < deadline_s, hanging()
+            time.sleep(0.05)
+
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as parent:
+        eventually(2)
+        parent.kill()
+    eventually(0)
 
 
 def test_words_before_and_after_the_answer_do_no_harm() -> None:
