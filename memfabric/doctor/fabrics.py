@@ -66,6 +66,14 @@ def findings(system: System, probed: Sequence[Probed]) -> Iterator[Finding]:
     for each in probed:
         if each.name == "ucx":
             yield from _about_ucx(system, each)
+        if each.name == "verbs" and "libibverbs" in each.why_not and rdma.names(system):
+            yield Finding(
+                "RDMA",
+                Severity.WARNING,
+                f"verbs cannot be used: {each.why_not}",
+                "memfabric and UCX reach adapters through libibverbs",
+                ("apt-get install libibverbs1 ibverbs-providers # RHEL: dnf install libibverbs",),
+            )
         for device in each.devices:
             if device["error"]:
                 yield Finding(

@@ -249,6 +249,15 @@ def test_a_library_that_was_named_and_is_none(host: Host) -> None:
     assert finding.fix == ("unset MEMFABRIC_UCX_LIBRARY # or name a libucp there",)
 
 
+@pytest.mark.parametrize(("adapter", "count"), [(True, 1), (False, 0)])
+def test_an_adapter_without_libibverbs(host: Host, adapter: bool, count: int) -> None:
+    system = host.adapter().system() if adapter else host.system()
+    found = list(findings(system, [Probed("verbs", "libibverbs can't be opened: libibverbs.so.1: no such file")]))
+    assert [(each.severity, each.fix[0].split(" #")[0]) for each in found] == [
+        (Severity.WARNING, "apt-get install libibverbs1 ibverbs-providers")
+    ] * count
+
+
 def test_what_a_third_partys_transport_says_cannot_steer_a_terminal(host: Host) -> None:
     answer = {"why_not": "\x1b[2Jgone", "data_path": "", "info": {}, "devices": []}
     told = verdict(host.system(), probe._understand("x", json.dumps(answer)))
