@@ -11,7 +11,7 @@ from memfabric.doctor.system import SYS_PTRACE, System, whole_number
 FEW_FILES = 4096
 """A node has some descriptors for each client connection."""
 FAST_CLOCKS = ("tsc", "kvm-clock", "arch_sys_counter", "hyperv_clocksource_tsc_page", "riscv_clocksource")
-"""Those that are read without a system call. Source: the vDSO of Linux 6.1 (arch/*/include/asm/vdso/clocksource.h)."""
+"""Those that Linux's vDSO reads, without a system call: on x86 its clock modes are TSC, PVCLOCK and HVCLOCK."""
 GOOD_GOVERNORS = ("performance", "schedutil")
 _FAST_MBIT_S = 10_000
 _JUMBO_BYTES = 9000

@@ -1,4 +1,4 @@
-"""GPUs and GPUDirect of made-up hosts. No GPU was at hand: the files are as NVIDIA's driver documents them."""
+"""GPUs and GPUDirect of made-up hosts. No GPU was at hand: the files are as people show those of NVIDIA's driver."""
 
 from __future__ import annotations
 

@@ -130,20 +130,30 @@ def test_reserved_huge_pages(host: Host) -> None:
     assert finding.what == "500 of 512 reserved pages of 2 MiB are free; hugetlbfs is mounted at /dev/hugepages"
 
 
+NEVER = "always within_size advise [never] deny force"
+DENY = "always within_size advise never [deny] force"
+FORCE = "always within_size advise never deny [force]"
+
+
 @pytest.mark.parametrize(
-    ("setting", "mount", "severity", "fixes"),
+    ("setting", "mount", "kernel", "severity", "fixes"),
     [
-        ("always within_size advise [never] deny force", "rw", Severity.INFO, 1),
-        ("always within_size [advise] never deny force", "rw", Severity.INFO, 1),  # it is the mount that decides
-        ("always within_size advise [never] deny force", "rw,huge=never", Severity.INFO, 1),
-        ("always within_size advise [never] deny force", "rw,huge=advise", Severity.OK, 0),
-        ("always within_size advise [never] deny force", "rw,size=1g,huge=always", Severity.OK, 0),
-        ("always within_size advise never [deny] force", "rw,huge=always", Severity.INFO, 2),
-        ("always within_size advise never deny [force]", "rw", Severity.OK, 0),
+        (NEVER, "rw", "6.18.1", Severity.INFO, 1),
+        ("always within_size [advise] never deny force", "rw", "6.18.1", Severity.INFO, 1),  # the mount decides
+        (NEVER, "rw,huge=never", "6.18.1", Severity.INFO, 1),
+        (NEVER, "rw,huge=advise", "6.18.1", Severity.INFO, 1),
+        (NEVER, "rw,huge=within_size", "6.18.1", Severity.OK, 0),
+        (NEVER, "rw,huge=within_size", "6.1.0-40-amd64", Severity.INFO, 1),
+        (NEVER, "rw,size=1g,huge=always", "6.1.0-40-amd64", Severity.OK, 0),
+        (DENY, "rw,huge=always", "6.18.1", Severity.INFO, 2),
+        (FORCE, "rw", "6.1.0-40-amd64", Severity.OK, 0),
     ],
 )
-def test_transparent_huge_pages(host: Host, setting: str, mount: str, severity: Severity, fixes: int) -> None:
+def test_transparent_huge_pages(
+    host: Host, setting: str, mount: str, kernel: str, severity: Severity, fixes: int
+) -> None:
     host.write("sys/kernel/mm/transparent_hugepage/shmem_enabled", setting)
+    host.write("proc/sys/kernel/osrelease", kernel)
     (finding,) = huge_pages(mounted(host, "tmpfs", mount).system())
     assert (finding.severity, len(finding.fix)) == (severity, fixes)
 
