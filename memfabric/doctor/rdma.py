@@ -18,6 +18,7 @@ _MODULES = (
 _DRIVERS = {"mlx5_core": "mlx5_ib", "mlx4_core": "mlx4_ib"}
 """The module that adds RDMA to a driver for Ethernet."""
 _SHOWN_GIDS = 4
+_UNSET = "0000:0000:0000:0000:0000:0000:0000:0000"
 _ROCE_MTU_BYTES = 4200
 """Ethernet packets that hold RoCE packets of 4096 bytes, the largest, with their headers; 1500 hold 1024."""
 
@@ -204,6 +205,8 @@ def _gids(system: System, place: Path) -> list[str]:
     found = []
     for number in system.names(place / "gids"):
         text = system.text(place / "gids" / number) or ""
+        if text == _UNSET:  # most of them; Soft-RoCE has 1024
+            continue
         try:
             address = ipaddress.IPv6Address(text)
         except ValueError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import gzip
 import os
 import re
 import resource
@@ -17,6 +16,8 @@ from pathlib import Path
 
 MOST_BYTES = 1 << 20
 """A kernel's configuration, the longest file that is read, has about 300 KiB."""
+_PIECE_BYTES = 1 << 14
+_GZIP = 16 + zlib.MAX_WBITS
 UNLIMITED = -1
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 IPC_LOCK, SYS_PTRACE = 14, 19
@@ -52,13 +53,26 @@ class System:
     shared_memory: Path = Path("/dev/shm")
     limits: dict[str, tuple[int, int]] | None = None
 
-    def text(self, path: Path) -> str | None:
-        """The beginning of a file, without white space around it."""
+    def content(self, path: Path) -> bytes | None:
+        """The beginning of a file."""
         try:
-            with path.open("rb") as file:
-                return file.read(MOST_BYTES).decode(errors="replace").strip()
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe in its place is not waited for
         except (OSError, ValueError):
             return None
+        content = b""
+        try:
+            while len(content) < MOST_BYTES and (piece := os.read(file, _PIECE_BYTES)):
+                content += piece
+        except OSError:
+            return None
+        finally:
+            os.close(file)
+        return content[:MOST_BYTES]
+
+    def text(self, path: Path) -> str | None:
+        """The beginning of a file as text, without white space around it."""
+        content = self.content(path)
+        return None if content is None else content.decode(errors="replace").strip()
 
     def number(self, path: Path) -> int | None:
         """The whole number that a file holds, if it is one of at most 18 digits."""
@@ -70,7 +84,12 @@ class System:
             found = [entry.name for entry in path.iterdir()]
         except (OSError, ValueError):
             return []
-        return sorted(found, key=lambda name: (whole_number(name) is None, whole_number(name) or 0, name))
+
+        def place(name: str) -> tuple[bool, int, str]:
+            number = whole_number(name)
+            return number is None, number or 0, name
+
+        return sorted(found, key=place)
 
     def link(self, path: Path) -> str:
         """The last part of where a symbolic link leads; empty where it is none."""
@@ -143,13 +162,15 @@ class System:
     def kernel_options(self) -> dict[str, str]:
         """What the running kernel was built with, by ``CONFIG_…``: y, m, n or a value. Empty where it is not told."""
         text = None
-        try:
-            with gzip.open(self.proc / "config.gz") as file:
-                text = file.read(MOST_BYTES).decode(errors="replace")
-        except (OSError, EOFError, ValueError, zlib.error):
-            release = self.text(self.proc / "sys/kernel/osrelease") or ""
-            if release and "/" not in release:
-                text = self.text(self.boot / f"config-{release}")
+        packed = self.content(self.proc / "config.gz")
+        release = self.text(self.proc / "sys/kernel/osrelease") or ""
+        if packed:
+            try:
+                text = zlib.decompressobj(_GZIP).decompress(packed, MOST_BYTES).decode(errors="replace")
+            except zlib.error:
+                text = None
+        elif release and "/" not in release:
+            text = self.text(self.boot / f"config-{release}")
         found = {}
         for line in (text or "").splitlines():
             if line.startswith("# CONFIG_") and line.endswith(" is not set"):
