@@ -180,6 +180,7 @@ def common_options(
     json: bool = False,
     server: bool = True,
     address: str = "The pool's metadata server.",
+    default: bool = True,
     environment: bool = False,
 ) -> Callable[[C], C]:
     """The options that every command takes; their values go to `Settings`, not to the command.
@@ -188,6 +189,7 @@ def common_options(
         json: the command prints data, so it has ``--json``.
         server: it talks to a server or is one, so it has ``--address`` and ``--timeout``.
         address: what ``--address`` means for the command.
+        default: the command takes `DEFAULT_ADDRESS` where none is given; else it does without a server.
         environment: look at the environment (the root only: what stands on the command line must win).
     """
     options: list[Callable[[C], C]] = []
@@ -200,7 +202,7 @@ def common_options(
                 expose_value=False,
                 envvar="MEMFABRIC_ADDRESS" if environment else None,
                 callback=_store("address"),
-                help=f"{address}  [default: $MEMFABRIC_ADDRESS or {DEFAULT_ADDRESS}]",
+                help=f"{address}  [default: $MEMFABRIC_ADDRESS or {DEFAULT_ADDRESS if default else 'none'}]",
             ),
             click.option(
                 "--timeout",

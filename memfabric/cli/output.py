@@ -65,7 +65,7 @@ def bar(ratio: float, width: int = 12) -> Text:
 
     clipped = min(1.0, max(0.0, ratio))
     style = "green" if clipped < 0.8 else "yellow" if clipped < 0.95 else "red"
-    if not _takes_unicode():
+    if not takes_unicode():
         full = round(clipped * width)
         return Text.assemble(("#" * full, style), ("." * (width - full), "dim"), f" {percent(ratio):>5}")
     eighths = round(clipped * width * 8)
@@ -75,7 +75,8 @@ def bar(ratio: float, width: int = 12) -> Text:
     return Text.assemble((filled, style), ("░" * (width - len(filled)), "dim"), f" {percent(ratio):>5}")
 
 
-def _takes_unicode() -> bool:
+def takes_unicode() -> bool:
+    """Whether standard output takes more than ASCII."""
     stream = getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # a live display puts itself in between
     return (getattr(stream, "encoding", None) or "ascii").lower().replace("-", "") == "utf8"
 
