@@ -26,11 +26,12 @@ import memfabric
 import transport
 from memfabric import NamespaceSpec
 from memfabric.client import AdminClient
+from memfabric.perf import machine
+from memfabric.perf.blocks import FreshKeys, aligned, fill
+from memfabric.perf.stream import Stream
 from memfabric.testing.hosts import Host, Hosts
-from perf import machine, report, targets
-from perf.blocks import FreshKeys, aligned, fill
+from perf import report, targets
 from perf.plan import GIB, KIB, MIB, size_text
-from perf.stream import Stream
 from perf.timing import ratio, summary, take_turns, timed
 
 SCHEMA = "memfabric-fabric/1"
@@ -143,7 +144,7 @@ def _process(command: list[str], ready: Path) -> Iterator[subprocess.Popen[bytes
 
 @contextmanager
 def _far_end(host: Host) -> Iterator[int]:
-    command = [sys.executable, "-m", "perf.stream", host.address]
+    command = [sys.executable, "-m", "memfabric.perf.stream", host.address]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent) as process:
         try:
             assert process.stdout is not None

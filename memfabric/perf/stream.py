@@ -1,6 +1,7 @@
 """A plain socket stream, the limit for what travels over TCP: one connection, `sendall` and `recv_into`, nothing else.
 
-Run as a program it is the far end: ``python -m perf.stream ADDRESS`` prints its port and serves one client at a time.
+Run as a program it is the far end: ``python -m memfabric.perf.stream ADDRESS [PARENT_PID]`` prints its port and serves
+one client at a time; it ends with its parent if it is told who that is.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import sys
 import time
 from types import TracebackType
 
-from perf.blocks import Bytes, aligned, fill
+from memfabric.perf.blocks import Bytes, aligned, fill
+from memfabric.processes import die_with_parent
 
 _ORDER = struct.Struct("<cQ")
 _FETCH, _STORE = b"F", b"S"
@@ -29,14 +31,14 @@ class Stream:
         """Bytes from there to here."""
         begin = time.perf_counter_ns()
         self._socket.sendall(_ORDER.pack(_FETCH, into.size))
-        _receive(self._socket, memoryview(into.reshape(-1)))
+        _receive(self._socket, into.reshape(-1).data)
         return time.perf_counter_ns() - begin
 
     def store(self, data: Bytes) -> int:
         """Bytes from here to there, until the other side says that it has them."""
         begin = time.perf_counter_ns()
         self._socket.sendall(_ORDER.pack(_STORE, data.size))
-        self._socket.sendall(memoryview(data.reshape(-1)))
+        self._socket.sendall(data.reshape(-1).data)
         _receive(self._socket, memoryview(bytearray(1)))
         return time.perf_counter_ns() - begin
 
@@ -61,7 +63,8 @@ def _receive(connection: socket.socket, into: memoryview) -> None:
 def serve(address: str) -> None:
     """The far end, until it is ended."""
     with socket.create_server((address, 0)) as server:
-        print(server.getsockname()[1], flush=True)
+        sys.stdout.write(f"{server.getsockname()[1]}\n")
+        sys.stdout.flush()
         memory = aligned(64 << 20)
         fill(memory, seed=7)
         while True:
@@ -84,12 +87,14 @@ def _serve_one(connection: socket.socket, memory: Bytes) -> Bytes:
     if size > memory.size:
         memory = aligned(size)
     if what == _FETCH:
-        connection.sendall(memoryview(memory[:size]))
+        connection.sendall(memory[:size].data)
     else:
-        _receive(connection, memoryview(memory[:size]))
+        _receive(connection, memory[:size].data)
         connection.sendall(b"!")
     return memory
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        die_with_parent(int(sys.argv[2]))
     serve(sys.argv[1])
