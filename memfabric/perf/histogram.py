@@ -1,7 +1,7 @@
 """Latencies as counts over buckets that grow with the value, so that histograms of processes and repeats add up.
 
-Every power of two is cut into `_PARTS` buckets of equal width, as HdrHistogram does: a value read back is off by at most
-half a bucket, 1.6 %. Least and greatest are kept as they were.
+Every power of two is cut into `_PARTS` buckets of equal width, as HdrHistogram does: a value read back is off by at
+most half a bucket, 1.6 %. Least and greatest are kept as they were.
 """
 
 from __future__ import annotations

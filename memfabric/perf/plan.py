@@ -18,6 +18,7 @@ from memfabric import units
 from memfabric.core.layout import MAX_BLOCK_BYTES
 from memfabric.errors import UsageError
 from memfabric.perf.axes import Fabric
+from memfabric.perf.pool import REGIONS_PER_NODE
 from memfabric.units import KIB, MIB
 from transport import registry, tightest_room
 
@@ -239,8 +240,8 @@ def make_plan(sweep: Sweep) -> Plan:
     if not settings:
         point, reason = skipped[0]
         raise UsageError(
-            f"no point fits into the memory. {point}: {reason}; take smaller blocks or batches, fewer clients, or allow "
-            "more with --memory"
+            f"no point fits into the memory. {point}: {reason}; take smaller blocks or batches, fewer clients, or "
+            "allow more with --memory"
         )
     every = [point for points in settings.values() for point in points]
     rest_s = sum(_START_S["raw" if each.raw else "pool"] for each in settings)
@@ -276,11 +277,19 @@ def set_bytes(sweep: Sweep, point: Point) -> int:
     return set_count(sweep, point) * point.batch_bytes
 
 
+def lent_bytes(sweep: Sweep, point: Point) -> int:
+    """Memory that the owner of the region, or all nodes of the sweep's own pool, must lend for a point."""
+    wanted = set_bytes(sweep, point) * point.clients
+    if point.op in RAW:
+        return wanted
+    if sweep.address is not None:
+        return 0
+    return max(POOL_HEADROOM * wanted, point.nodes * REGIONS_PER_NODE * (2 * point.block_bytes + MIB))
+
+
 def memory_needed(sweep: Sweep, point: Point) -> int:
     """All buffers and regions of a point: each client's own memory, another as large to copy to, and what is lent."""
-    each = set_bytes(sweep, point)
-    lent = 0 if sweep.address is not None and point.op in POOL else each
-    return point.clients * (2 * each + lent * (1 if point.op in RAW else POOL_HEADROOM))
+    return 2 * point.clients * set_bytes(sweep, point) + lent_bytes(sweep, point)
 
 
 def _points(sweep: Sweep) -> Iterator[Point]:

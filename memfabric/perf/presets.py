@@ -9,8 +9,8 @@ With multi-head latent attention (MLA) every layer keeps one compressed latent a
 
     bytes per token = layers x (kv_lora_rank + qk_rope_head_dim) x bytes of the type
 
-Source: the models' published ``config.json``, fields ``num_hidden_layers``, ``num_key_value_heads``, ``head_dim`` (where
-it is missing: ``hidden_size / num_attention_heads``), ``kv_lora_rank``, ``qk_rope_head_dim``; MLA: DeepSeek-V2,
+Source: the models' published ``config.json``, fields ``num_hidden_layers``, ``num_key_value_heads``, ``head_dim``
+(where it is missing: ``hidden_size / num_attention_heads``), ``kv_lora_rank``, ``qk_rope_head_dim``; MLA: DeepSeek-V2,
 arXiv:2405.04434, section 2.1.
 
 Tensor parallelism deals the KV heads out to the ranks; with more ranks than heads each head is on several ranks, so a
