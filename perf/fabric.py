@@ -28,7 +28,7 @@ from memfabric import NamespaceSpec
 from memfabric.client import AdminClient
 from memfabric.perf import machine
 from memfabric.perf.blocks import FreshKeys, aligned, fill
-from memfabric.perf.stream import Stream
+from memfabric.perf.stream import Stream, far_end
 from memfabric.testing.hosts import Host, Hosts
 from perf import report, targets
 from perf.plan import GIB, KIB, MIB, size_text
@@ -95,7 +95,7 @@ def _between_hosts(hosts: Hosts, budget_s: float, tell: Callable[[str], None]) -
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memfabric-fabric-", dir="/dev/shm")))
         with far.inside():
             address, node_pid = stack.enter_context(_pool(far, directory))
-            port = stack.enter_context(_far_end(far))
+            port = stack.enter_context(far_end(far.address))
         with near.inside():
             stream = stack.enter_context(Stream(far.address, port))
             records = []
@@ -140,17 +140,6 @@ def _process(command: list[str], ready: Path) -> Iterator[subprocess.Popen[bytes
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-@contextmanager
-def _far_end(host: Host) -> Iterator[int]:
-    command = [sys.executable, "-m", "memfabric.perf.stream", host.address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent) as process:
-        try:
-            assert process.stdout is not None
-            yield int(process.stdout.readline())
-        finally:
-            process.kill()
 
 
 def _measure_shape(

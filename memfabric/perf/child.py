@@ -46,14 +46,19 @@ class _Far:
 
     def serve(self) -> None:
         with self.stack:
-            while line := sys.stdin.buffer.readline():
-                try:
-                    answer = self.handle(_decoder.decode(line))
-                except MemoryError as error:
-                    answer = messages.Failed(kind="MemoryError", message=str(error) or "out of memory")
-                except (MemfabricError, TransportError, OSError, ValueError, TypeError, RuntimeError) as error:
-                    answer = messages.Failed(kind=type(error).__name__, message=str(error))
-                self.say(answer)
+            try:
+                while line := sys.stdin.buffer.readline():
+                    self.say(self._answer(line))
+            finally:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is held is given back undisturbed
+
+    def _answer(self, line: bytes) -> messages.Answer:
+        try:
+            return self.handle(_decoder.decode(line))
+        except MemoryError as error:
+            return messages.Failed(kind="MemoryError", message=str(error) or "out of memory")
+        except (MemfabricError, TransportError, OSError, ValueError, TypeError, RuntimeError) as error:
+            return messages.Failed(kind=type(error).__name__, message=str(error))
 
 
 class _Owner(_Far):
@@ -62,6 +67,7 @@ class _Owner(_Far):
     def handle(self, command: messages.Command) -> messages.Answer:
         if isinstance(command, messages.Lend):
             self._transport = self.stack.enter_context(registry.create(command.transport, **command.options))
+            self._transport.sweep()
             name = f"perf-{os.getpid()}"
             region = self._transport.create_region(name, REGION_ID, command.size_bytes)
             self.stack.enter_context(region)

@@ -25,6 +25,8 @@ from memfabric.errors import MemfabricError
 from memfabric.perf import messages
 
 STOP_S = 10.0
+_GRACE_S = 1.0
+"""For what a process is doing when its input ends; then it is told to stop at once."""
 _TAIL_BYTES = 2000
 _A = TypeVar("_A", bound=messages.Answer)
 _decoder: msgspec.json.Decoder[messages.Answer] = msgspec.json.Decoder(messages.Answer)
@@ -141,7 +143,7 @@ class Child:
                     pass  # it ended just now
                 self.process.send_signal(signal.SIGCONT)
                 try:
-                    self.process.wait(STOP_S)
+                    self.process.wait(_GRACE_S)
                 except subprocess.TimeoutExpired:
                     self.process.terminate()
                     self.process.wait(STOP_S)

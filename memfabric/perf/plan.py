@@ -19,6 +19,7 @@ from memfabric.core.layout import MAX_BLOCK_BYTES
 from memfabric.errors import UsageError
 from memfabric.perf.axes import Fabric
 from memfabric.perf.pool import REGIONS_PER_NODE
+from memfabric.perf.stream import PART_BYTES
 from memfabric.units import KIB, MIB
 from transport import registry, tightest_room
 
@@ -40,6 +41,8 @@ POOL_HEADROOM = 2
 """Memory of a pool over that of the working sets: regions that are not quite filled, one for each of several nodes."""
 SPLIT_RATIO = {"op": 0.6, "memcpy": 0.2, "socket": 0.2}
 """How a visit's time is shared between what is measured and the limits beside it."""
+IDLE_S = 0.4
+"""How long nodes are watched while nobody asks anything of them, so that what they use anyhow can be taken off."""
 _START_S = {"raw": 1.5, "pool": 4.0}
 _VISIT_S = 0.08
 _FILL_BYTES_PER_S = 1.5e9
@@ -288,8 +291,10 @@ def lent_bytes(sweep: Sweep, point: Point) -> int:
 
 
 def memory_needed(sweep: Sweep, point: Point) -> int:
-    """All buffers and regions of a point: each client's own memory, another as large to copy to, and what is lent."""
-    return 2 * point.clients * set_bytes(sweep, point) + lent_bytes(sweep, point)
+    """All buffers and regions of a point: each client's own memory, another as large to copy to, both ends of a socket,
+    and what is lent."""
+    socket_bytes = 2 * min(PART_BYTES, max(MIB, point.batch_bytes))
+    return point.clients * (2 * set_bytes(sweep, point) + socket_bytes) + lent_bytes(sweep, point)
 
 
 def _points(sweep: Sweep) -> Iterator[Point]:

@@ -81,6 +81,8 @@ class PoolWork(Work):
                 remote = local - np.uint64(self._memory.address) + np.uint64(self._other.address)
             to, source = (local, remote) if order.op == "get" else (remote, local)
             self._memcpy = Copies(to, source, order.block_bytes, order.batch, order.threads)
+        if self._sockets is not None:
+            self.socket(0)  # grows its memory
         paths = self._client.stats()["paths"]
         said = dict.fromkeys(path["data_path"] for path in paths)
         self.ready = messages.Ready(

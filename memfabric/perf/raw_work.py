@@ -51,6 +51,8 @@ class RawWork(Work):
             raise
         limits = ["memcpy"] if self._memcpy is not None else []
         limits += ["socket"] if sockets is not None else []
+        if sockets is not None:
+            self.socket(0)  # grows its memory
         able = through.capabilities  # some know more of their path once they are connected
         self.ready = messages.Ready(
             data_path=able.data_path, one_sided=able.one_sided, mapped=able.zero_copy, limits=limits

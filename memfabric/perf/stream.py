@@ -6,18 +6,28 @@ one client at a time; it ends with its parent if it is told who that is.
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 
-from memfabric.perf.blocks import Bytes, aligned, fill
+import memfabric
+from memfabric.errors import UnavailableError
+from memfabric.perf.blocks import Bytes, aligned
 from memfabric.processes import die_with_parent
 
 _ORDER = struct.Struct("<cQ")
 _FETCH, _STORE = b"F", b"S"
 MOST_BYTES = 1 << 30
+PART_BYTES = 64 << 20
+"""Longest transfer that sweeps make at once: both ends hold as much."""
+_FIRST_BYTES = 1 << 20
 
 
 class Stream:
@@ -60,13 +70,45 @@ def _receive(connection: socket.socket, into: memoryview) -> None:
         at += got
 
 
+@contextmanager
+def far_end(address: str) -> Iterator[int]:
+    """A far end in a process of its own, which ends with the context or with this process; its port.
+
+    Raises:
+        UnavailableError: it did not start; with what it said.
+    """
+    command = [sys.executable, "-m", "memfabric.perf.stream", address, str(os.getpid())]
+    here = str(Path(memfabric.__file__).parent.parent)
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]).strip(":")},
+        start_new_session=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        line = process.stdout.readline()
+        if not line.strip().isdigit():
+            process.kill()
+            said = process.stderr.read().decode(errors="replace").strip()[-2000:]
+            raise UnavailableError(f"the far end of the socket stream did not start:\n{said}")
+        yield int(line)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
 def serve(address: str) -> None:
     """The far end, until it is ended."""
     with socket.create_server((address, 0)) as server:
         sys.stdout.write(f"{server.getsockname()[1]}\n")
         sys.stdout.flush()
-        memory = aligned(64 << 20)
-        fill(memory, seed=7)
+        memory = aligned(_FIRST_BYTES)
         while True:
             connection, _ = server.accept()
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -85,7 +127,7 @@ def _serve_one(connection: socket.socket, memory: Bytes) -> Bytes:
     if size > MOST_BYTES:
         raise ConnectionError(f"{size} bytes asked for")
     if size > memory.size:
-        memory = aligned(size)
+        memory = aligned(size)  # grows with the first, largest transfers: warm up before timing
     if what == _FETCH:
         connection.sendall(memory[:size].data)
     else:

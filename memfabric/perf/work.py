@@ -12,10 +12,9 @@ from memfabric.errors import UsageError
 from memfabric.perf import messages
 from memfabric.perf.blocks import Addresses, Bytes, aligned
 from memfabric.perf.histogram import Histogram
-from memfabric.perf.stream import Stream
+from memfabric.perf.stream import PART_BYTES, Stream
 
 _FLUSH = 1 << 14
-MOST_STREAM_BYTES = 64 << 20
 KEY_BYTES = 16
 
 
@@ -92,8 +91,8 @@ class Sockets:
     def move(self, size_bytes: int, *, fetch: bool) -> int:
         """Nanoseconds that it takes to move bytes here (`fetch`) or there; long batches in parts."""
         taken = 0
-        for start in range(0, size_bytes, MOST_STREAM_BYTES):
-            part = self._part(min(MOST_STREAM_BYTES, size_bytes - start))
+        for start in range(0, size_bytes, PART_BYTES):
+            part = self._part(min(PART_BYTES, size_bytes - start))
             taken += self._stream.fetch(part) if fetch else self._stream.store(part)
         return taken
 
