@@ -126,7 +126,7 @@ class Sweep:
     depths: tuple[int, ...] = (1,)
     threads: tuple[int, ...] = (0,)
     clients: tuple[int, ...] = (1,)
-    nodes: tuple[int, ...] = (2,)
+    nodes: tuple[int, ...] = (1,)
     verify: bool | None = None
     repeats: int = 5
     point_s: float = 1.0

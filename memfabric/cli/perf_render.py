@@ -1,0 +1,142 @@
+"""Sweeps, comparisons and presets for people: tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from memfabric import units
+from memfabric.cli.output import NOTHING, plural, table
+from memfabric.perf.compare import FASTER, NOISY, SAME, SLOWER, Comparison, Verdict
+from memfabric.perf.page import figures, keys_text, rate_text, time_text, tool_text
+from memfabric.perf.plan import REQUESTS, Plan
+from memfabric.perf.presets import Model
+from memfabric.perf.results import point_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_STYLES = {FASTER: "green", SLOWER: "red", NOISY: "yellow", SAME: ""}
+_OPTIONAL = {"kind": "memory", "depth": ">depth", "threads": ">threads", "clients": ">clients", "nodes": ">nodes"}
+"""Axes that have a column only where points differ in them."""
+
+
+def plan_text(plan: Plan) -> str:
+    """What is about to happen, and how long it will take."""
+    sweep = plan.sweep
+    points, repeats = plural(plan.count(), "point"), plural(sweep.repeats, "repeat")
+    said = [
+        f"{points}, {repeats} each: about {units.format_duration(round(plan.estimate_s) * 10**9)}, "
+        f"at most {units.format_bytes(plan.memory_bytes)} of memory."
+    ]
+    if plan.point_s < sweep.point_s:
+        said.append(f"To keep within {sweep.total_s:g} s a point gets {plan.point_s:.2g} s, not {sweep.point_s:g} s.")
+    said += [f"Left out: {point}: {reason}." for point, reason in plan.skipped[:3]]
+    if len(plan.skipped) > 3:
+        said.append(f"Left out for the same reason: {plural(len(plan.skipped) - 3, 'other point')}.")
+    return "\n".join(said)
+
+
+def points_table(document: dict[str, Any]) -> Table | None:
+    """A line for each point that was measured; None when none was."""
+    records = [record for record in document["points"] if record.get("summary")]
+    if not records:
+        return None
+    axes = [name for name in _OPTIONAL if len({record[name] for record in records}) > 1]
+    heads = ["op", "over", ">block", ">batch", *(_OPTIONAL[name] for name in axes)]
+    made = table(
+        *heads, ">speed", ">least to most", ">p50 µs", ">p90", ">p99", ">p99.9", ">max", "limit", ">of it", ">node cpu"
+    )
+    for record in records:
+        block = NOTHING if record["op"] in REQUESTS else units.format_bytes(record["block_bytes"])
+        cells = [record["op"], record["transport"], block, str(record["batch"])]
+        cells += ["auto" if (name, record[name]) == ("threads", 0) else str(record[name]) for name in axes]
+        made.add_row(*cells, *figures(record))
+    return made
+
+
+def show_sweep(console: Console, document: dict[str, Any]) -> None:
+    """Table, other tools, and what was not measured."""
+    made = points_table(document)
+    if made is not None:
+        console.print(made)
+        said = "Speeds: median of the repeats; times: of single operations"
+        console.print(
+            f"[dim]{said}; of it: of the limit measured beside the point; node cpu: of memory nodes, beyond idle.[/]"
+        )
+    for figure in document["tools"]:
+        console.print(f"[dim]{_plain(tool_text(figure))}[/]")
+    troubles: dict[str, list[str]] = {}
+    for record in document["points"]:
+        if record.get("problem"):
+            troubles.setdefault(record["problem"], []).append(str(point_of(record)))
+    for problem, points in troubles.items():
+        more = f" and {plural(len(points) - 1, 'other point')}" if len(points) > 1 else ""
+        console.print(
+            f"[yellow]not measured, or not as often as asked for: {_plain(points[0] + more)}: {_plain(problem)}[/]"
+        )
+    if document.get("left_behind"):
+        names = ", ".join(document["left_behind"])
+        console.print(f"[yellow]these namespaces could not be removed: {_plain(names)}[/]")
+    if document.get("stopped"):
+        console.print(f"[yellow]not complete: {_plain(str(document['stopped']))}[/]")
+
+
+def show_comparison(console: Console, comparison: Comparison) -> None:
+    """A line for each point that both have, the worst first, then what is doubtful."""
+    made = table("point", ">old", ">new", ">change", "bounds", "verdict")
+    order = {SLOWER: 0, FASTER: 1, NOISY: 2, SAME: 3}
+    for verdict in sorted(comparison.verdicts, key=lambda each: order[each.verdict]):
+        bounds = "too few repeats" if verdict.low is None else f"{verdict.low:+.1%} to {verdict.high:+.1%}"
+        style = _STYLES[verdict.verdict]
+        said = f"[{style}]{verdict.verdict}[/]" if style else verdict.verdict
+        values = (_value(comparison.metric, verdict, number) for number in (verdict.old, verdict.new))
+        made.add_row(_plain(str(point_of(verdict.record))), *values, f"{verdict.change:+.1%}", bounds, said)
+    console.print(made)
+    counts = ", ".join(f"{comparison.count(name)} {name}" for name in (FASTER, SLOWER, SAME, NOISY))
+    console.print(
+        f"{comparison.metric}: {counts}. A verdict needs {1 - comparison.alpha:.0%} bounds without 0 and a change of "
+        f"{comparison.effect:.0%}."
+    )
+    expected = comparison.alpha * len(comparison.verdicts)
+    if expected >= 1:
+        console.print(f"[dim]With so many points up to {expected:.0f} of them may miss their bounds by chance.[/]")
+    for which, records in (("old", comparison.only_old), ("new", comparison.only_new)):
+        if records:
+            names = "; ".join(str(point_of(record)) for record in records[:5])
+            more = f"; and {len(records) - 5} more" if len(records) > 5 else ""
+            console.print(f"[yellow]only in the {which} sweep: {_plain(names + more)}[/]")
+    for doubt in comparison.doubts:
+        console.print(f"[yellow]{_plain(doubt)}[/]")
+
+
+def presets_table(models: Sequence[Model], *, block_tokens: int, tp: int, dtype: str) -> Table:
+    """A line for each model."""
+    from memfabric.errors import UsageError
+
+    made = table("model", "config.json of", "bytes of a token on all ranks", ">token", ">block", "note")
+    for model in models:
+        try:
+            token, block = model.token_bytes(tp=tp, dtype=dtype), model.block_bytes(block_tokens, tp=tp, dtype=dtype)
+            sizes = (f"{token:,} B", units.format_bytes(block))
+            note = model.note
+        except UsageError as error:
+            sizes, note = (NOTHING, NOTHING), str(error)
+        made.add_row(model.name, model.repository, model.formula, *sizes, note)
+    return made
+
+
+def _value(metric: str, verdict: Verdict, value: float) -> str:
+    if metric == "ratio":
+        return f"{value:.0%}"
+    if metric in ("p50", "p99"):
+        return f"{time_text(value)} µs"
+    return keys_text(value) if verdict.record["op"] in REQUESTS else rate_text(value)
+
+
+def _plain(text: str) -> str:
+    """Without what the console would take for markup."""
+    from rich.markup import escape
+
+    return escape(text)
