@@ -46,7 +46,7 @@ def points_table(document: dict[str, Any]) -> Table | None:
     axes = [name for name in _OPTIONAL if len({record[name] for record in records}) > 1]
     heads = ["op", "over", ">block", ">batch", *(_OPTIONAL[name] for name in axes)]
     made = table(
-        *heads, ">speed", ">least to most", ">p50 µs", ">p90", ">p99", ">p99.9", ">max", "limit", ">of it", ">node cpu"
+        *heads, ">speed", ">least to most", ">p50", ">p90", ">p99", ">p99.9", ">max", "limit", ">of it", ">node cpu"
     )
     for record in records:
         block = NOTHING if record["op"] in REQUESTS else units.format_bytes(record["block_bytes"])
@@ -61,7 +61,7 @@ def show_sweep(console: Console, document: dict[str, Any]) -> None:
     made = points_table(document)
     if made is not None:
         console.print(made)
-        said = "Speeds: median of the repeats; times: of single operations"
+        said = "Speeds: median of the repeats; times: µs, of single operations"
         console.print(
             f"[dim]{said}; of it: of the limit measured beside the point; node cpu: of memory nodes, beyond idle.[/]"
         )

@@ -77,6 +77,8 @@ class _Owner(_Far):
                 return messages.Welcome(welcome=self._transport.accept(command.hello, command.identity))
             except TransportError as error:
                 return messages.Welcome(error=f"{type(error).__name__}: {error}")
+        if isinstance(command, messages.Finish):
+            return messages.Done()
         raise UsageError(f"an owner cannot {type(command).__name__}")
 
 

@@ -33,7 +33,15 @@ _decoder: msgspec.json.Decoder[messages.Answer] = msgspec.json.Decoder(messages.
 
 
 class PointError(MemfabricError):
-    """A point could not be measured; others can."""
+    """A point could not be measured; others can.
+
+    Attributes:
+        kind: class of the error in the process where it happened, if it did in one.
+    """
+
+    def __init__(self, message: str, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class SettingError(MemfabricError):
@@ -190,7 +198,7 @@ def ask(
     for child in children:
         answer = _answer(child, end_s, exchange)
         if isinstance(answer, messages.Failed):
-            problem = problem or PointError(f"{child.name}: {answer.kind}: {answer.message}")
+            problem = problem or PointError(f"{child.name}: {answer.kind}: {answer.message}", answer.kind)
         elif isinstance(answer, expected):
             found.append(answer)
         else:

@@ -93,7 +93,7 @@ class Run(_Message):
 
 
 class Finish(_Message):
-    """Give back what `Prepare` took. Answer: `Done`."""
+    """Give back what `Prepare` took; an owner has nothing to give back, and shows that it lives. Answer: `Done`."""
 
 
 # --- answers ---

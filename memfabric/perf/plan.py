@@ -43,8 +43,8 @@ SPLIT_RATIO = {"op": 0.6, "memcpy": 0.2, "socket": 0.2}
 """How a visit's time is shared between what is measured and the limits beside it."""
 IDLE_S = 0.4
 """How long nodes are watched while nobody asks anything of them, so that what they use anyhow can be taken off."""
-_START_S = {"raw": 1.5, "pool": 4.0}
-_VISIT_S = 0.08
+_START_S = {"raw": 2.5, "pool": 4.5}
+_VISIT_S = 0.18
 _FILL_BYTES_PER_S = 1.5e9
 """Of getting a working set ready and checked; a guess that the estimate rests on."""
 

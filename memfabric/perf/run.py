@@ -41,19 +41,19 @@ class Progress:
     what: str
 
 
-class Interrupted(Exception):  # noqa: N818  # not an error of the sweep
-    """Somebody asked it to stop."""
-
-
 def run_sweep(plan: Plan, tell: Callable[[Progress], None], *, with_tools: bool = True) -> dict[str, Any]:
     """Measure everything.
 
     Args:
-        tell: called at every step; may raise `Interrupted` or KeyboardInterrupt.
+        tell: called at every step.
         with_tools: also run `ucx_perftest` and perftest, where they are.
 
     Returns:
-        The document (`results`); ``stopped`` says why it is not complete, if it is not.
+        The document (`results`); ``stopped`` says why it is not complete, if it is not: KeyboardInterrupt ends a sweep
+        in its order.
+
+    Raises:
+        WrongBytesError: what was read is not what was written.
     """
     return _Run(plan, tell, with_tools).all()
 
@@ -80,8 +80,11 @@ class _Run:
                 if self._late():
                     stopped = f"the {self._sweep.total_s:g} s for the whole sweep were over"
                     break
-        except (KeyboardInterrupt, Interrupted):
+        except KeyboardInterrupt:
             stopped = "interrupted"
+        for found in self._found.values():
+            if stopped and not found.problem and len(found.repeats) < self._sweep.repeats:
+                found.problem = stopped
         return {
             "schema": SCHEMA,
             "stopped": stopped or None,
@@ -141,14 +144,18 @@ class _Run:
                     found.problem = found.problem or "the time for the whole sweep was over"
                 elif not found.problem:
                     self._say(str(point))
-                    try:
-                        self._visit(site, found, repeat, idle_cpu_s)
-                    except PointError as error:
-                        found.problem = str(error)
-                        if WrongBytesError.__name__ in found.problem:
-                            raise WrongBytesError(f"{point}: {error}") from error
+                    self._try(site, found, repeat, idle_cpu_s)
                 self._done += 1
         self._say("stopping")
+
+    def _try(self, site: Site, found: Measured, repeat: int, idle_cpu_s: float | None) -> None:
+        try:
+            self._visit(site, found, repeat, idle_cpu_s)
+        except PointError as error:
+            if error.kind == WrongBytesError.__name__:
+                raise WrongBytesError(f"{found.point}: {error}") from error
+            found.problem = str(error)
+            site.check()
 
     def _idle(self, site: Site) -> float | None:
         """Processor seconds per second that nodes take while nobody asks anything of them."""

@@ -26,6 +26,7 @@ from transport import registry
 from transport.errors import TransportError
 
 OPEN_S = 120.0
+ALIVE_S = 10.0
 _LOCAL = ("tcp://127.", "tcp://localhost:", "tcp://[::1]", "ipc://")
 
 
@@ -115,6 +116,14 @@ class Site(abc.ABC):
         """Processor time that the memory nodes have used; None where they are not ours to look at."""
 
     @abc.abstractmethod
+    def check(self) -> None:
+        """After something went wrong.
+
+        Raises:
+            SettingError: the other side is gone, so that nothing else will work either.
+        """
+
+    @abc.abstractmethod
     def place(self, point: Point) -> Any:
         """A context in which a point can be prepared; gives the name of its namespace."""
 
@@ -152,6 +161,9 @@ class RegionSite(Site):
 
     def node_cpu_s(self) -> float | None:
         return cpu_of([self._owner.pid])
+
+    def check(self) -> None:
+        ask([self._owner], [messages.Finish()], messages.Done, ALIVE_S)
 
     @contextmanager
     def place(self, point: Point) -> Iterator[str]:
@@ -191,6 +203,14 @@ class PoolSite(Site):
         if self._pool is None:
             return None
         return cpu_of([pid for name, pid in self._pool.pids.items() if name != "meta"])
+
+    def check(self) -> None:
+        try:
+            if self._pool is not None:
+                self._pool.check()
+            self._admin.status()
+        except MemfabricError as error:
+            raise self._gone(error) from error
 
     @contextmanager
     def place(self, point: Point) -> Iterator[str]:
