@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -165,13 +165,14 @@ def run(settings: Settings, **options: Any) -> None:
         note(plan_text(plan))
     with _progress(options["quiet"]) as tell, _stoppable():
         document = run_sweep(plan, tell, with_tools=not options["no_tools"])
-    if options["out_file"] is not None:
-        results.save(document, options["out_file"])
-    if settings.as_json:
-        emit_json(document)
-    else:
-        show_sweep(console(), document)
-    _write(document, options)
+    with ExitStack() as last:  # what can't be written keeps nothing else from being written or shown
+        last.callback(_write, document, options)
+        if settings.as_json:
+            last.callback(emit_json, document)
+        else:
+            last.callback(show_sweep, console(), document)
+        if options["out_file"] is not None:
+            last.callback(results.save, document, options["out_file"])
     if document["stopped"] == "interrupted":
         raise click.exceptions.Exit(128 + signal.SIGINT)
     if document["stopped"] or any(record.get("problem") for record in document["points"]):

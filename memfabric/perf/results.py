@@ -210,7 +210,7 @@ def csv_text(document: dict[str, Any]) -> str:
     names = [*AXES, "verify", "repeats", "bytes_per_s", "bytes_per_s_least", "bytes_per_s_most", "blocks_per_s"]
     names += ["min_us", "p50_us", "p90_us", "p99_us", "p999_us", "max_us", "memcpy_bytes_per_s", "socket_bytes_per_s"]
     names += ["socket_blocks_per_s", "limit", "ratio", "node_cpu_s_per_gib", "data_path", "problem"]
-    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer = csv.DictWriter(out, names, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for record in document["points"]:
         summary = record.get("summary")
