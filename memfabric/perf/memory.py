@@ -46,6 +46,11 @@ class Memory:
         held = self._device if self._host is None else self._host
         return held.reshape(self._shape)[at]
 
+    def batches(self, part: slice) -> Any:
+        """The buffers of several batches, one block a row: ``[batches x batch, block_bytes]``."""
+        held = self._device if self._host is None else self._host
+        return held.reshape(self._shape)[part].reshape(-1, self._shape[2])
+
     def fill(self, seed: int) -> None:
         """Bytes that nobody can guess; the same for the same seed."""
         if self._host is not None:
