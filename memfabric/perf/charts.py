@@ -165,5 +165,7 @@ def about(document: dict[str, Any]) -> str:
     facts = document["machine"]
     parts = [f"{facts['cpu']}, {facts['cores']} cores", str(facts["date"])[:10]]
     parts += [f"memfabric {facts['revision']}", f"{document['sweep'].get('repeats')} repeats"]
+    load = facts.get("load_average")
+    parts += [f"load {load[0]:g} at the start"] if load else []
     parts += [f"not complete: {document['stopped']}"] if document.get("stopped") else []
     return " · ".join(parts)

@@ -80,8 +80,13 @@ def figures(record: dict[str, Any]) -> list[str]:
         *times,
         str(record.get("limit") or NOTHING),
         NOTHING if ratio is None else f"{ratio['median']:.0%}",
-        NOTHING if cost is None else f"{cost:.3g} s/GiB",
+        NOTHING if cost is None else cost_text(cost),
     ]
+
+
+def cost_text(seconds_per_gib: float) -> str:
+    """Processor seconds for each GiB; thousandths are below what can be told from idling."""
+    return f"{seconds_per_gib:.3g} s/GiB" if seconds_per_gib >= 0.001 else "0 s/GiB"
 
 
 def rate_text(bytes_per_s: float) -> str:

@@ -54,9 +54,11 @@ def png(document: dict[str, Any]) -> bytes:
 
 
 def _draw(place: Axes, panel: Panel) -> None:
+    from matplotlib.ticker import NullFormatter
+
     for line in panel.lines:
         _draw_line(place, line)
-    # From 1, so that a batch or a thread count of 0 has a place; logarithmic, as sweeps multiply.
+    # Sweeps multiply; but 0 threads, which means as many as pay, has no logarithm.
     if len(panel.ticks) > 1 and all(value > 0 for value, _ in panel.ticks):
         place.set_xscale("log", base=2)
     place.set_xticks([value for value, _ in panel.ticks], [word for _, word in panel.ticks])
@@ -66,6 +68,7 @@ def _draw(place: Axes, panel: Panel) -> None:
     if lows and max(tops) / min(lows) > 30:
         place.set_yscale("log")
         place.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        place.yaxis.set_minor_formatter(NullFormatter())
     else:
         place.set_ylim(bottom=0)
     place.set_title(panel.title, loc="left", fontweight="bold", fontsize=11, color=_INK)
