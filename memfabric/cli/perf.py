@@ -260,19 +260,18 @@ def presets(settings: Settings, models: tuple[str, ...], block_tokens: int, tp: 
     Formula: 2 x layers x KV heads x head dimension x bytes of the type; with multi-head latent attention layers x
     (kv_lora_rank + qk_rope_head_dim) x bytes of the type. Source: the models' published config.json.
     """
-    from memfabric.cli.perf_render import presets_table
+    from memfabric.cli.perf_render import show_presets
     from memfabric.perf.presets import DTYPE_BYTES, MODELS, find
 
     chosen = [find(name) for name in models] or list(MODELS)
     if dtype not in DTYPE_BYTES:
         raise UsageError(f"unknown type {dtype!r} of KV; known: {', '.join(DTYPE_BYTES)}")
-    if len(chosen) == 1 or models:
-        for model in chosen:
-            model.block_bytes(block_tokens, tp=tp, dtype=dtype)  # what is asked for by name must be possible
+    for name in models:
+        find(name).block_bytes(block_tokens, tp=tp, dtype=dtype)  # what is asked for by name must be possible
     if settings.as_json:
         emit_json([_preset(model, block_tokens, tp, dtype) for model in chosen])
     else:
-        console().print(presets_table(chosen, block_tokens=block_tokens, tp=tp, dtype=dtype))
+        show_presets(console(), chosen, block_tokens=block_tokens, tp=tp, dtype=dtype)
 
 
 def _preset(model: Model, block_tokens: int, tp: int, dtype: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from memfabric import units
 from memfabric.cli.output import NOTHING, plural, table
+from memfabric.errors import UsageError
 from memfabric.perf.compare import FASTER, NOISY, SAME, SLOWER, Comparison, Verdict
 from memfabric.perf.page import figures, keys_text, rate_text, time_text, tool_text
 from memfabric.perf.plan import REQUESTS, Plan
@@ -18,7 +19,15 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _STYLES = {FASTER: "green", SLOWER: "red", NOISY: "yellow", SAME: ""}
-_OPTIONAL = {"kind": "memory", "depth": ">depth", "threads": ">threads", "clients": ">clients", "nodes": ">nodes"}
+_WIDE, _MIDDLE = 150, 90
+_OPTIONAL = {
+    "transport": "over",
+    "kind": "memory",
+    "depth": ">depth",
+    "threads": ">threads",
+    "clients": ">clients",
+    "nodes": ">nodes",
+}
 """Axes that have a column only where points differ in them."""
 
 
@@ -38,27 +47,48 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(said)
 
 
-def points_table(document: dict[str, Any]) -> Table | None:
-    """A line for each point that was measured; None when none was."""
+def points_table(document: dict[str, Any], width: int) -> Table | None:
+    """A line for each point that was measured, None when none was; on a narrow screen without what says least."""
+    wide = width >= _WIDE
     records = [record for record in document["points"] if record.get("summary")]
     if not records:
         return None
-    axes = [name for name in _OPTIONAL if len({record[name] for record in records}) > 1]
-    heads = ["op", "over", ">block", ">batch", *(_OPTIONAL[name] for name in axes)]
-    made = table(
-        *heads, ">speed", ">least to most", ">p50", ">p90", ">p99", ">p99.9", ">max", "limit", ">of it", ">node cpu"
-    )
+    axes = [
+        name for name in _OPTIONAL if len({record[name] for record in records if record[name] or name != "nodes"}) > 1
+    ]
+    heads = ["op", *(_OPTIONAL[name] for name in axes), ">block", ">batch", ">speed"]
+    if wide:
+        heads += [">least to most", ">p50", ">p90", ">p99", ">p99.9", ">max", "limit", ">of it", ">node cpu"]
+    else:
+        heads += [">±", ">p50", ">p99", ">of it", *(["limit"] if width >= _MIDDLE else [])]
+    made = table(*heads)
     for record in records:
-        block = NOTHING if record["op"] in REQUESTS else units.format_bytes(record["block_bytes"])
-        cells = [record["op"], record["transport"], block, str(record["batch"])]
-        cells += ["auto" if (name, record[name]) == ("threads", 0) else str(record[name]) for name in axes]
-        made.add_row(*cells, *figures(record))
+        cells = [record["op"], *(_axis(name, record[name]) for name in axes)]
+        cells.append(NOTHING if record["op"] in REQUESTS else units.format_bytes(record["block_bytes"]))
+        cells.append(str(record["batch"]))
+        shown = figures(record)
+        if not wide:
+            speed, _, p50, _, p99, _, _, limit, ratio, _ = shown
+            shown = [speed, _spread(record), p50, p99, ratio, *([limit] if width >= _MIDDLE else [])]
+        made.add_row(*cells, *shown)
     return made
+
+
+def _axis(name: str, value: Any) -> str:
+    if not value:
+        return "auto" if name == "threads" else NOTHING  # no nodes: an owner of a region
+    return str(value)
+
+
+def _spread(record: dict[str, Any]) -> str:
+    """Half of what lies between the slowest and the fastest repeat, of the median."""
+    rate = record["summary"]["blocks_per_s"]
+    return f"{(rate['most'] - rate['least']) / 2 / rate['median']:.0%}"
 
 
 def show_sweep(console: Console, document: dict[str, Any]) -> None:
     """Table, other tools, and what was not measured."""
-    made = points_table(document)
+    made = points_table(document, console.width)
     if made is not None:
         console.print(made)
         said = "Speeds: median of the repeats; times: µs, of single operations"
@@ -85,19 +115,21 @@ def show_sweep(console: Console, document: dict[str, Any]) -> None:
 
 def show_comparison(console: Console, comparison: Comparison) -> None:
     """A line for each point that both have, the worst first, then what is doubtful."""
-    made = table("point", ">old", ">new", ">change", "bounds", "verdict")
+    wide = console.width >= _WIDE
+    made = table("verdict", ">change", "bounds", *([">old", ">new"] if wide else []), "point")
     order = {SLOWER: 0, FASTER: 1, NOISY: 2, SAME: 3}
     for verdict in sorted(comparison.verdicts, key=lambda each: order[each.verdict]):
         bounds = "too few repeats" if verdict.low is None else f"{verdict.low:+.1%} to {verdict.high:+.1%}"
         style = _STYLES[verdict.verdict]
         said = f"[{style}]{verdict.verdict}[/]" if style else verdict.verdict
         values = (_value(comparison.metric, verdict, number) for number in (verdict.old, verdict.new))
-        made.add_row(_plain(str(point_of(verdict.record))), *values, f"{verdict.change:+.1%}", bounds, said)
+        shown = [said, f"{verdict.change:+.1%}", bounds, *(values if wide else ())]
+        made.add_row(*shown, _plain(str(point_of(verdict.record))))
     console.print(made)
     counts = ", ".join(f"{comparison.count(name)} {name}" for name in (FASTER, SLOWER, SAME, NOISY))
     console.print(
-        f"{comparison.metric}: {counts}. A verdict needs {1 - comparison.alpha:.0%} bounds without 0 and a change of "
-        f"{comparison.effect:.0%}."
+        f"{comparison.metric}: {counts}. A verdict needs {100 * (1 - comparison.alpha):g} % bounds without 0 and a change of "
+        f"{100 * comparison.effect:g} %."
     )
     expected = comparison.alpha * len(comparison.verdicts)
     if expected >= 1:
@@ -111,20 +143,25 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
         console.print(f"[yellow]{_plain(doubt)}[/]")
 
 
-def presets_table(models: Sequence[Model], *, block_tokens: int, tp: int, dtype: str) -> Table:
-    """A line for each model."""
-    from memfabric.errors import UsageError
-
-    made = table("model", "config.json of", "bytes of a token on all ranks", ">token", ">block", "note")
+def show_presets(console: Console, models: Sequence[Model], *, block_tokens: int, tp: int, dtype: str) -> None:
+    """A line for each model, then what is to be known of some; on a narrow screen without where it is from."""
+    wide = console.width >= _WIDE
+    made = table("model", *(["config.json of"] if wide else []), "bytes of a token on all ranks", ">token", ">block")
+    notes: dict[str, list[str]] = {}
     for model in models:
+        sizes = [NOTHING, NOTHING]
         try:
-            token, block = model.token_bytes(tp=tp, dtype=dtype), model.block_bytes(block_tokens, tp=tp, dtype=dtype)
-            sizes = (f"{token:,} B", units.format_bytes(block))
-            note = model.note
+            sizes = [f"{model.token_bytes(tp=tp, dtype=dtype):,} B"]
+            sizes.append(units.format_bytes(model.block_bytes(block_tokens, tp=tp, dtype=dtype)))
         except UsageError as error:
-            sizes, note = (NOTHING, NOTHING), str(error)
-        made.add_row(model.name, model.repository, model.formula, *sizes, note)
-    return made
+            notes.setdefault(str(error), []).append(model.name)
+        if model.note:
+            notes.setdefault(model.note, []).append(model.name)
+        made.add_row(model.name, *([model.repository] if wide else []), model.formula, *sizes)
+    console.print(made)
+    console.print(f"[dim]{dtype}, blocks of {plural(block_tokens, 'token')}, one rank of {tp}.[/]")
+    for note, names in notes.items():
+        console.print(f"[yellow]{', '.join(names)}: {_plain(note)}[/]")
 
 
 def _value(metric: str, verdict: Verdict, value: float) -> str:

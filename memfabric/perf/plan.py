@@ -83,7 +83,7 @@ class Point:
         size = "" if self.op in REQUESTS else f"{units.format_bytes(self.block_bytes)} "
         words = [f"{self.op} {size}x {self.batch} over {self.transport}"]
         words += [f"depth {self.depth}"] if self.depth > 1 else []
-        words += [f"threads {self.threads or 'auto'}"] if self.threads != 1 else []
+        words += [f"threads {self.threads}"] if self.threads else []
         words += [f"clients {self.clients}"] if self.clients > 1 else []
         words += [f"nodes {self.nodes}"] if self.nodes else []
         words += [self.kind] if self.kind != "cpu" else []

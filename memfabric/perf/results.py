@@ -21,6 +21,7 @@ from memfabric.errors import UsageError
 from memfabric.perf import messages
 from memfabric.perf.histogram import Histogram
 from memfabric.perf.plan import REQUESTS, Point
+from memfabric.perf.tools import Figure
 from memfabric.units import GIB
 
 SCHEMA = "memfabric-perf/1"
@@ -157,9 +158,39 @@ def write_whole(path: Path, data: bytes) -> None:
         path.write_bytes(data)  # a pipe or a device
 
 
-class _Record(msgspec.Struct):
-    """What readers of a document rely on; more may be there."""
+class _Spread(msgspec.Struct):
+    median: float
+    least: float
+    most: float
 
+
+class _Latency(msgspec.Struct):
+    p50_us: float | None
+    p90_us: float | None
+    p99_us: float | None
+    p999_us: float | None
+    max_us: float
+
+
+class _Summary(msgspec.Struct):
+    repeats: int
+    blocks_per_s: _Spread
+    latency: _Latency
+    bytes_per_s: _Spread | None = None
+    ratio: _Spread | None = None
+    memcpy_bytes_per_s: _Spread | None = None
+    socket_bytes_per_s: _Spread | None = None
+    socket_blocks_per_s: _Spread | None = None
+    node_cpu_s_per_gib: float | None = None
+
+
+class _Histogram(msgspec.Struct):
+    counts: list[tuple[int, int]]
+    least_ns: int
+    most_ns: int
+
+
+class _Record(msgspec.Struct):
     op: str
     transport: str
     kind: str
@@ -169,15 +200,45 @@ class _Record(msgspec.Struct):
     threads: int
     clients: int
     nodes: int
-    summary: dict[str, Any] | None = None
+    verify: bool
+    data_path: str = ""
+    limit: str | None = None
+    problem: str = ""
+    summary: _Summary | None = None
+    histogram: _Histogram | None = None
     repeats: list[dict[str, Any]] = []
+
+    def __post_init__(self) -> None:
+        if self.summary is None:
+            return
+        if self.histogram is None or (self.summary.bytes_per_s is None and self.op not in REQUESTS):
+            raise ValueError(f"a point of {self.op} was measured, but lacks figures")
+
+
+class _Machine(msgspec.Struct):
+    cpu: str
+    cores: int
+    date: str
+    revision: str
+
+
+class _Skipped(msgspec.Struct):
+    point: str
+    reason: str
 
 
 class _Document(msgspec.Struct):
+    """What readers of a document rely on; more may be there."""
+
     schema: str
-    machine: dict[str, Any]
+    seconds: float
+    machine: _Machine
     sweep: dict[str, Any]
+    tools: list[Figure]
     points: list[_Record]
+    skipped: list[_Skipped]
+    left_behind: list[str]
+    stopped: str | None = None
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -194,7 +255,7 @@ def load(path: Path) -> dict[str, Any]:
         if isinstance(found, dict) and found.get("schema") not in (SCHEMA, None):
             raise UsageError(f"{path} is a {str(found['schema'])[:64]!r}; this version reads {SCHEMA!r}")
         msgspec.convert(found, _Document)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} holds no results of `memfabric perf run --json`: {error}") from error
     assert isinstance(found, dict)
     return found

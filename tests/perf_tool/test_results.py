@@ -80,6 +80,29 @@ def test_csv_has_a_line_for_each_point(document: Make) -> None:
     assert rows[7]["problem"] == 'it "broke" <here>' and rows[7]["p50_us"] == ""
 
 
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda made: made["points"][0]["summary"].pop("bytes_per_s"),
+        lambda made: made["points"][0]["summary"]["latency"].pop("p50_us"),
+        lambda made: made["points"][0].update(batch="many"),
+        lambda made: made["points"][0].pop("histogram"),
+        lambda made: made["machine"].pop("cpu"),
+        lambda made: made["tools"][0].pop("tool"),
+        lambda made: made.pop("skipped"),
+        lambda made: made.update(stopped=3),
+    ],
+)
+def test_a_document_that_lacks_something_is_refused(
+    document: Make, tmp_path: Path, harm: Callable[[dict[str, Any]], Any]
+) -> None:
+    made, path = some(document), tmp_path / "x.json"
+    harm(made)
+    save(made, path)
+    with pytest.raises(UsageError, match="no results"):
+        load(path)
+
+
 class _Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
