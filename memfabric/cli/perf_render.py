@@ -128,8 +128,8 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
     console.print(made)
     counts = ", ".join(f"{comparison.count(name)} {name}" for name in (FASTER, SLOWER, SAME, NOISY))
     console.print(
-        f"{comparison.metric}: {counts}. A verdict needs {100 * (1 - comparison.alpha):g} % bounds without 0 and a change of "
-        f"{100 * comparison.effect:g} %."
+        f"{comparison.metric}: {counts}. A verdict needs {100 * (1 - comparison.alpha):g} % bounds without 0 and a "
+        f"change of {100 * comparison.effect:g} %."
     )
     expected = comparison.alpha * len(comparison.verdicts)
     if expected >= 1:

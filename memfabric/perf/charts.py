@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from memfabric import units
 from memfabric.perf.plan import REQUESTS
 from memfabric.perf.results import NUMBER_AXES
@@ -40,7 +42,7 @@ class Line:
     Attributes:
         colour: number of the colour; a limit has that of what it belongs to.
         limit: it is a limit, drawn thin and dashed.
-        ys, lows, highs: medians, and least and greatest of the repeats (of latencies: p50, and p50 to p99).
+        ys, lows, highs: of speeds the median of the repeats, and their quartiles; of times p50, and p50 to p99.
     """
 
     label: str
@@ -112,11 +114,12 @@ def _speed(op: str, axis: str, records: Sequence[dict[str, Any]], number: int, l
     speed, limit = Line(label or op, number), Line("", number, limit=True)
     for record in records:
         summary, name = record["summary"], str(record.get("limit"))
-        _add(speed, record[axis], *(summary[key][which] / scale for which in ("median", "least", "most")))
+        quartiles = np.percentile([repeat[key] for repeat in record["repeats"]], [25, 75]) / scale
+        _add(speed, record[axis], summary[key]["median"] / scale, *map(float, quartiles))
         beside = summary.get(f"{name}_{key}")
         if beside is not None:
             limit.label = ", ".join([LIMIT_WORDS.get(name, name), *([label] if label else [])])
-            _add(limit, record[axis], *(beside[which] / scale for which in ("median", "least", "most")))
+            _add(limit, record[axis], *[beside["median"] / scale] * 3)
     return speed, limit
 
 

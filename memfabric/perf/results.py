@@ -213,6 +213,12 @@ class _Record(msgspec.Struct):
             return
         if self.histogram is None or (self.summary.bytes_per_s is None and self.op not in REQUESTS):
             raise ValueError(f"a point of {self.op} was measured, but lacks figures")
+        if not self.repeats or not all(isinstance(each.get(_rate(self.op)), (int, float)) for each in self.repeats):
+            raise ValueError(f"a point of {self.op} was measured, but lacks repeats")
+
+
+def _rate(op: str) -> str:
+    return "blocks_per_s" if op in REQUESTS else "bytes_per_s"
 
 
 class _Machine(msgspec.Struct):
