@@ -101,7 +101,7 @@ memfabric perf run --op get --pool tcp://10.0.0.1:7170 --total-time 2min
     "--transport",
     "transports",
     multiple=True,
-    help="NAME, NAME,NAME or NAME:OPTION=VALUE;…; may be repeated.  [default: shm]",
+    help="NAME, NAME,NAME or [LABEL=]NAME:OPTION=VALUE;…; may be repeated.  [default: shm]",
 )
 @click.option("--kind", "kinds", default="cpu", show_default=True, help="Memory of the clients: cpu, cuda.")
 @click.option(

@@ -81,7 +81,7 @@ class Fabric:
     """A transport with the options that its clients are made with.
 
     Attributes:
-        label: as it was written; names it in results.
+        label: names it in results: as it was written, unless it was given a name.
         name: in the registry, or ``auto``.
         options: keyword arguments.
     """
@@ -96,12 +96,15 @@ class Fabric:
 
 
 def fabric(text: str) -> Fabric:
-    """A transport as ``shm`` or ``ucx:tls=tcp;lanes=2``; values are JSON where they can be read so, else text.
+    """A transport as ``shm`` or ``ucx:tls=tcp;lanes=2`` or, with a name of one's own, ``two=ucx:lanes=2``.
+
+    Values of options are JSON where they can be read so, else text.
 
     Raises:
         UsageError: it is written otherwise.
     """
     name, _, rest = text.strip().partition(":")
+    label, named, name = name.rpartition("=")
     options: list[tuple[str, Any]] = []
     for part in rest.split(";") if rest else []:
         key, equals, value = part.partition("=")
@@ -111,6 +114,6 @@ def fabric(text: str) -> Fabric:
             options.append((key.strip(), json.loads(value)))
         except ValueError:
             options.append((key.strip(), value.strip()))
-    if not name:
-        raise UsageError(f"transport {text!r} has no name")
-    return Fabric(text.strip(), name, tuple(options))
+    if not name or (named and not label):
+        raise UsageError(f"transport {text!r} has no name; write NAME, NAME:OPTION=VALUE or LABEL=NAME:OPTION=VALUE")
+    return Fabric(label or text.strip(), name, tuple(options))

@@ -112,7 +112,7 @@ class _Run:
             sizes = self._sweep.block_bytes
             if fabric.name == "ucx":
                 self._say(f"ucx_perftest beside {fabric.label}")
-                self._figures += tools.ucx_perftest(fabric.label, ops, sizes, fabric.arguments().get("tls"))
+                self._figures += tools.ucx_perftest(fabric.label, ops, sizes, fabric.arguments())
             elif fabric.name == "verbs":
                 self._say(f"perftest beside {fabric.label}")
                 self._figures += tools.perftest(fabric.label, ops, sizes)

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,19 +62,28 @@ class _Tool:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def ucx_perftest(transport: str, ops: Sequence[str], block_bytes: Sequence[int], tls: str | None) -> list[Figure]:
+def ucx_perftest(
+    transport: str, ops: Sequence[str], block_bytes: Sequence[int], options: Mapping[str, Any]
+) -> list[Figure]:
     """Bandwidth of ``ucp_get`` and ``ucp_put_bw`` with 16 messages outstanding.
 
     Args:
-        tls: as in ``UCX_TLS``; None: what UCX finds.
+        options: of the transport; ``tls``, ``devices`` and ``settings`` go to the tool too.
     """
+    settings = options.get("settings")
+    environment = {
+        f"UCX_{name}": str(value) for name, value in (settings if isinstance(settings, dict) else {}).items()
+    }
+    for option, variable in (("tls", "UCX_TLS"), ("devices", "UCX_NET_DEVICES")):
+        if options.get(option) is not None:
+            environment[variable] = str(options[option])
     names = {"read": "ucp_get", "write": "ucp_put_bw"}
 
     def arguments(op: str, size: int, count: int, port: int) -> list[str]:
         common = ["-t", names[op], "-s", str(size), "-n", str(count), "-w", str(max(1, count // 10))]
         return [*common, "-O", str(_OUTSTANDING), "-f", "-v", "-p", str(port)]
 
-    tool = _Tool("ucx_perftest", arguments, parse_ucx, {} if tls is None else {"UCX_TLS": tls})
+    tool = _Tool("ucx_perftest", arguments, parse_ucx, environment)
     return _measure(tool, transport, ops, block_bytes)
 
 

@@ -48,6 +48,8 @@ def test_a_transport_has_a_name_and_options() -> None:
     found = fabric("ucx:tls=tcp,self;lanes=2;spin=true")
     assert (found.name, found.arguments()) == ("ucx", {"tls": "tcp,self", "lanes": 2, "spin": True})
     assert found.label == "ucx:tls=tcp,self;lanes=2;spin=true"
-    for text in ("ucx:tls", "ucx:=1", ":tls=tcp", "", "ucx:a b=1"):
+    named = fabric('rc=ucx:tls=rc;settings={"RC_RETRY": 3}')
+    assert (named.label, named.name, named.arguments()) == ("rc", "ucx", {"tls": "rc", "settings": {"RC_RETRY": 3}})
+    for text in ("=ucx", "rc=", "ucx:tls", "ucx:=1", ":tls=tcp", "", "ucx:a b=1"):
         with pytest.raises(UsageError, match="transport"):
             fabric(text)

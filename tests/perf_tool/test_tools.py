@@ -33,7 +33,7 @@ def test_what_tools_print_is_understood() -> None:
 
 def test_what_is_not_installed_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    found = tools.ucx_perftest("ucx", ["read", "write"], [4096, 65536], None)
+    found = tools.ucx_perftest("ucx", ["read", "write"], [4096, 65536], {})
     assert [(each.op, each.bytes_per_s, each.reason) for each in found] == [
         ("read", None, "not installed"),
         ("write", None, "not installed"),
@@ -43,6 +43,9 @@ def test_what_is_not_installed_is_said_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 SERVER = """#!/usr/bin/env python3
 import os, socket, sys, time
+given = [os.environ[name] for name in ("UCX_TLS", "UCX_NET_DEVICES", "UCX_X")]
+if given != ["tcp", "lo", "3"]:
+    sys.exit("not what was asked for")
 arguments = sys.argv[1:]
 port = int(arguments[arguments.index("-p") + 1])
 with open(os.environ["PIDS"], "a") as pids:
@@ -85,7 +88,7 @@ def test_tools_that_fail_or_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     pids = fake(tmp_path, monkeypatch, near)
     monkeypatch.setattr(tools, "TOOL_S", 4.0 if "not done" in reason else 60.0)
     monkeypatch.setattr(tools, "START_S", tools.TOOL_S)
-    found = tools.ucx_perftest("ucx", ["read"], [4096, 65536], "tcp")
+    found = tools.ucx_perftest("ucx", ["read"], [4096, 65536], {"tls": "tcp", "devices": "lo", "settings": {"X": 3}})
     if reason:
         assert len(found) == 1 and found[0].bytes_per_s is None and reason in found[0].reason
     else:
@@ -102,7 +105,7 @@ def test_a_tool_that_never_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     tool.write_text("#!/bin/sh\necho cannot bind\nexit 1\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    [found] = tools.ucx_perftest("ucx", ["read"], [4096], None)
+    [found] = tools.ucx_perftest("ucx", ["read"], [4096], {})
     assert found.reason == "cannot bind"
 
 
