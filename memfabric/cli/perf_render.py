@@ -53,9 +53,7 @@ def points_table(document: dict[str, Any], width: int) -> Table | None:
     records = [record for record in document["points"] if record.get("summary")]
     if not records:
         return None
-    axes = [
-        name for name in _OPTIONAL if len({record[name] for record in records if record[name] or name != "nodes"}) > 1
-    ]
+    axes = [name for name in _OPTIONAL if _differs(document["points"], name)]
     heads = ["op", *(_OPTIONAL[name] for name in axes), ">block", ">batch", ">speed"]
     if wide:
         heads += [">least to most", ">p50", ">p90", ">p99", ">p99.9", ">max", "limit", ">of it", ">node cpu"]
@@ -72,6 +70,11 @@ def points_table(document: dict[str, Any], width: int) -> Table | None:
             shown = [speed, _spread(record), p50, p99, ratio, *([limit] if width >= _MIDDLE else [])]
         made.add_row(*cells, *shown)
     return made
+
+
+def _differs(points: Sequence[dict[str, Any]], name: str) -> bool:
+    values = {each[name] for each in points}
+    return len(values - {0} if name == "nodes" else values) > 1
 
 
 def _axis(name: str, value: Any) -> str:
