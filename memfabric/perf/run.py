@@ -115,7 +115,7 @@ class _Run:
                 self._figures += tools.ucx_perftest(fabric.label, ops, sizes, fabric.arguments())
             elif fabric.name == "verbs":
                 self._say(f"perftest beside {fabric.label}")
-                self._figures += tools.perftest(fabric.label, ops, sizes)
+                self._figures += tools.perftest(fabric.label, ops, sizes, fabric.arguments())
 
     def _measure_setting(self, setting: Setting, points: Sequence[Point]) -> None:
         end = self._done + len(points) * self._sweep.repeats

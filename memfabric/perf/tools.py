@@ -87,13 +87,23 @@ def ucx_perftest(
     return _measure(tool, transport, ops, block_bytes)
 
 
-def perftest(transport: str, ops: Sequence[str], block_bytes: Sequence[int]) -> list[Figure]:
-    """Bandwidth of ``ib_read_bw`` and ``ib_write_bw``, by the first device that they find."""
+def perftest(
+    transport: str, ops: Sequence[str], block_bytes: Sequence[int], options: Mapping[str, Any]
+) -> list[Figure]:
+    """Bandwidth of ``ib_read_bw`` and ``ib_write_bw``.
+
+    Args:
+        options: of the transport; ``device``, ``port`` and ``gid_index`` are the tools' too, which else take the first.
+    """
+    chosen = []
+    for option, flag in (("device", "-d"), ("port", "-i"), ("gid_index", "-x")):
+        if options.get(option) is not None:
+            chosen += [flag, str(options[option])]
     found = []
     for op in ops:
 
         def arguments(op: str, size: int, count: int, port: int) -> list[str]:
-            return ["-s", str(size), "-n", str(max(5, count)), "-p", str(port), "-F"]
+            return ["-s", str(size), "-n", str(max(5, count)), "-p", str(port), "-F", *chosen]
 
         found += _measure(_Tool(f"ib_{op}_bw", arguments, parse_perftest), transport, [op], block_bytes)
     return found

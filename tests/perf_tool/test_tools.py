@@ -38,7 +38,7 @@ def test_what_is_not_installed_is_said_once(monkeypatch: pytest.MonkeyPatch) -> 
         ("read", None, "not installed"),
         ("write", None, "not installed"),
     ]
-    assert {each.tool for each in tools.perftest("verbs", ["read", "write"], [1])} == {"ib_read_bw", "ib_write_bw"}
+    assert {each.tool for each in tools.perftest("verbs", ["read", "write"], [1], {})} == {"ib_read_bw", "ib_write_bw"}
 
 
 SERVER = """#!/usr/bin/env python3
@@ -130,3 +130,13 @@ def test_which_limit_applies(name: str, op: str, path: str, mapped: bool, limit:
     if limit in ("memcpy", "socket"):
         assert applies(point(op=op), fabric(name), ready, []) == ""  # what is not measured is no limit
         assert limit in measurable(point(op=op), ["memcpy", "socket"])
+
+
+@pytest.mark.processes
+def test_perftest_is_told_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "ib_read_bw"
+    tool.write_text('#!/bin/sh\necho "$@"\nexit 1\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    [found] = tools.perftest("verbs", ["read"], [4096], {"device": "rxe0", "gid_index": 1, "port": 1, "depth": 4})
+    assert found.reason.endswith("-F -d rxe0 -i 1 -x 1")
