@@ -135,7 +135,30 @@ def compare(
             (only_new if pair[1] else only_old).append(record)
     if not verdicts:
         raise UsageError(f"the two files have no point in common of which both know the {metric}")
-    return Comparison(metric, alpha, effect, verdicts, only_old, only_new, _doubts(old, new, verdicts, alpha))
+    doubts = _doubts(old, new, verdicts, alpha)
+    if metric != "ratio":
+        pairs = [(before[key_of(verdict.record)], verdict.record) for verdict in verdicts]
+        doubts += [said for limit in ("memcpy", "socket") if (said := _drift(pairs, limit, metric, effect))]
+    return Comparison(metric, alpha, effect, verdicts, only_old, only_new, doubts)
+
+
+def _drift(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], limit: str, metric: str, effect: float) -> str:
+    """What limits beside the points say of the machine: they do not depend on memfabric, so they should be alike."""
+    changes = []
+    for records in pairs:
+        old, new = (values({**record, "repeats": _beside(record, limit)}, metric) for record in records)
+        if old and new:
+            changes.append(math.log(median(new) / median(old)))
+    if not changes or abs(median(changes)) < math.log1p(effect) / 2:
+        return ""
+    change = math.expm1(median(changes))
+    return (
+        f"{limit} beside these points changed too, by {change:+.1%}: the machine was in another state; compare by ratio"
+    )
+
+
+def _beside(record: dict[str, Any], limit: str) -> list[dict[str, Any]]:
+    return [repeat[limit] for repeat in record["repeats"] if isinstance(repeat.get(limit), dict)]
 
 
 def values(record: dict[str, Any], metric: str) -> list[float]:

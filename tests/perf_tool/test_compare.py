@@ -95,6 +95,18 @@ def test_points_of_one_side_are_listed_and_doubts_are_named(document: Make) -> N
     assert found.document()["counts"][SAME] == 1
 
 
+def test_a_machine_in_another_state_is_noticed_by_its_limits(document: Make) -> None:
+    points = [point(batch=batch) for batch in (1, 2, 3)]
+    old = document(*(record(each, noisy(1e10, 0.01, 1), limit=2e10) for each in points))
+    new = document(*(record(each, noisy(8e9, 0.01, 2), limit=1.6e10) for each in points))
+    found = compare(old, new)
+    assert found.count(SLOWER) == 3
+    assert any("memcpy beside these points changed too, by -20.0%" in doubt for doubt in found.doubts)
+    by_ratio = compare(old, new, "ratio")
+    assert by_ratio.count(SAME) == 3 and by_ratio.doubts == []
+    assert compare(old, old).doubts == []
+
+
 def test_a_digest_or_none_makes_another_point(document: Make) -> None:
     speeds = noisy(1e9, 0.01, 1)
     verified = {**record(point(), speeds), "verify": True}
