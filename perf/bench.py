@@ -12,9 +12,10 @@ import click
 import numpy as np
 from rich.console import Console
 
-from perf import copies, latency, machine, metadata, plan, readers, report, targets
+from memfabric.perf import machine
+from memfabric.perf.pool import BenchPool
+from perf import copies, latency, metadata, plan, readers, report, targets
 from perf.plan import GIB, Plan, size_text
-from perf.pool import BenchPool
 
 SCHEMA = "memfabric-bench/1"
 REPORT_COLUMNS = 110

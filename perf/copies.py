@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from memfabric import BlockKeys, Client
-from perf.blocks import Bytes, FreshKeys, Memcpy, aligned, enter_pages, fill, limit_of
+from memfabric.perf.blocks import Bytes, FreshKeys, Memcpy, aligned, enter_pages, fill, limit_of
+from memfabric.perf.pool import BenchPool
 from perf.plan import LANES, Plan
-from perf.pool import BenchPool
 from perf.timing import Samples, ratio, summary, take_turns, timed
 
 THREADS = {"one": 1, "auto": 0}

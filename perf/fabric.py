@@ -26,11 +26,12 @@ import memfabric
 import transport
 from memfabric import NamespaceSpec
 from memfabric.client import AdminClient
+from memfabric.perf import machine
+from memfabric.perf.blocks import FreshKeys, aligned, fill
+from memfabric.perf.stream import Stream, far_end
 from memfabric.testing.hosts import Host, Hosts
-from perf import machine, report, targets
-from perf.blocks import FreshKeys, aligned, fill
+from perf import report, targets
 from perf.plan import GIB, KIB, MIB, size_text
-from perf.stream import Stream
 from perf.timing import ratio, summary, take_turns, timed
 
 SCHEMA = "memfabric-fabric/1"
@@ -94,7 +95,7 @@ def _between_hosts(hosts: Hosts, budget_s: float, tell: Callable[[str], None]) -
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memfabric-fabric-", dir="/dev/shm")))
         with far.inside():
             address, node_pid = stack.enter_context(_pool(far, directory))
-            port = stack.enter_context(_far_end(far))
+            port = stack.enter_context(far_end(far.address))
         with near.inside():
             stream = stack.enter_context(Stream(far.address, port))
             records = []
@@ -139,17 +140,6 @@ def _process(command: list[str], ready: Path) -> Iterator[subprocess.Popen[bytes
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-@contextmanager
-def _far_end(host: Host) -> Iterator[int]:
-    command = [sys.executable, "-m", "perf.stream", host.address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent) as process:
-        try:
-            assert process.stdout is not None
-            yield int(process.stdout.readline())
-        finally:
-            process.kill()
 
 
 def _measure_shape(

@@ -7,10 +7,10 @@ from contextlib import ExitStack
 from typing import Any
 
 from memfabric import Client
-from perf.blocks import FreshKeys, aligned, enter_pages, fill
+from memfabric.perf.blocks import FreshKeys, aligned, enter_pages, fill
+from memfabric.perf.pool import BenchPool
 from perf.copies import Workload
 from perf.plan import KIB, Plan, size_text
-from perf.pool import BenchPool
 from perf.timing import histogram, summary, take_turns, timed
 
 BLOCK_BYTES = 64 * KIB

@@ -19,10 +19,10 @@ from memfabric.core import messages as m
 from memfabric.core.layout import HEADER_BASE_BYTES, SUPERBLOCK_BYTES, plan_region
 from memfabric.core.server import ServerCore
 from memfabric.core.state import Publish, Received, Send, ServerConfig
-from perf import machine
-from perf.blocks import FreshKeys
+from memfabric.perf import machine
+from memfabric.perf.blocks import FreshKeys
+from memfabric.perf.pool import BenchPool
 from perf.plan import GIB, KIB, Plan
-from perf.pool import BenchPool
 from perf.timing import summary
 
 COUNTS = (512, 4096)

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from memfabric import BlockKeys
-from perf.blocks import FreshKeys, aligned, enter_pages, fill, limit_of
+from memfabric.perf.blocks import FreshKeys, aligned, enter_pages, fill, limit_of
+from memfabric.perf.pool import BenchPool
 from perf.copies import Workload
 from perf.plan import Plan, size_text
-from perf.pool import BenchPool
 
 PHASES = ("memcpy", "verify_off", "verify_on")
 ROUNDS = 7

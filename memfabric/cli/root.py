@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from memfabric.cli import blocks, completion, demo, doctor, namespaces, nodes, parts, pins, status, up
+from memfabric.cli import blocks, completion, demo, doctor, namespaces, nodes, parts, perf, pins, status, up
 from memfabric.cli.base import Settings, common_options
 from memfabric.errors import MemfabricError, UsageError
 
@@ -143,7 +143,7 @@ def cli() -> None:
 
 
 cli.add_section("Run a pool", up.up, parts.meta, nodes.node, demo.demo)
-cli.add_section("Look at it", status.status, doctor.doctor)
+cli.add_section("Look at it", status.status, doctor.doctor, perf.perf)
 cli.add_section("Namespaces", namespaces.namespace)
 cli.add_section("Blocks by hand", *blocks.COMMANDS, pins.pin, pins.unpin)
 cli.add_section("Your shell", completion.completion)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import transport
-from perf import ROOT
 
 _PACKAGES = ("memfabric", "numpy", "pyzmq", "msgspec")
+_ROOT = Path(__file__).resolve().parents[2]
+"""Of the repository, if this is run from one."""
 
 
 def facts() -> dict[str, Any]:
@@ -101,6 +102,8 @@ def _version(name: str) -> str:
 
 def _revision() -> str:
     """Of the repository; with a plus sign where tracked files differ from it."""
+    if not (_ROOT / ".git").exists():  # installed: what repository is around it says nothing
+        return f"release {_version('memfabric')}"
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -109,5 +112,5 @@ def _revision() -> str:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True, timeout=10)
+    done = subprocess.run(["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, check=True, timeout=10)
     return done.stdout.strip()

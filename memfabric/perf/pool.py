@@ -1,4 +1,4 @@
-"""A real pool for the benchmarks: `memfabric up` in processes of its own."""
+"""A real pool to measure: `memfabric up` in processes of its own, which end with this one, even when it is killed."""
 
 from __future__ import annotations
 
@@ -15,39 +15,46 @@ from typing import Any
 import memfabric
 from memfabric import NamespaceSpec
 from memfabric.client import AdminClient
-from perf import machine
+from memfabric.errors import UnavailableError
+from memfabric.perf import machine
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 NODES = 2
 REGIONS_PER_NODE = 6
+_LAUNCH = "import os, sys; from memfabric.processes import die_with_parent; die_with_parent(int(sys.argv[1])); "
+_LAUNCH += "os.execv(sys.executable, [sys.executable, '-m', 'memfabric', *sys.argv[2:]])"
 
 
 class BenchPool:
-    """A metadata server and two nodes on a free port of the loopback; ends with the context.
+    """A metadata server and memory nodes on a free port of the loopback; ends with the context.
 
     Attributes:
         address: of the server.
         region_bytes: size of a region.
-        pids: process ids by name: ``meta``, ``node-0``, ``node-1``.
+        pids: process ids by name: ``meta``, ``node-0``, ``node-1``, …
     """
 
-    def __init__(self, memory_bytes: int, directory: Path) -> None:
+    def __init__(self, memory_bytes: int, directory: Path, nodes: int = NODES, transport: str = "shm") -> None:
         """Start it.
 
         Args:
             memory_bytes: of all nodes together, about.
             directory: where regions are kept.
+            nodes: how many.
+            transport: by which they lend memory beside shared memory.
 
         Raises:
-            RuntimeError: it did not start; with what it said.
+            UnavailableError: it did not start; with what it said.
         """
         self.directory = directory
-        self.region_bytes = max(1 << 20, memory_bytes // (NODES * REGIONS_PER_NODE) // 4096 * 4096)
+        self.nodes = nodes
+        self.region_bytes = max(1 << 20, memory_bytes // (nodes * REGIONS_PER_NODE) // 4096 * 4096)
         self._scratch = tempfile.TemporaryDirectory(prefix="memfabric-bench-")
         scratch = Path(self._scratch.name)
         ready, self._log = scratch / "ready.json", scratch / "log"
-        command = [sys.executable, "-m", "memfabric", "up", "--nodes", str(NODES)]
+        command = [sys.executable, "-c", _LAUNCH, str(os.getpid()), "up"]
+        command += ["--nodes", str(nodes), "--transport", transport]
         command += ["--memory", str(self.region_bytes * REGIONS_PER_NODE), "--region", str(self.region_bytes)]
         command += ["--directory", str(directory), "--address", "tcp://127.0.0.1:auto", "--ready-file", str(ready)]
         # The same memfabric as here, wherever that is, and not what lies in the working directory.
@@ -74,7 +81,7 @@ class BenchPool:
         end_s = time.monotonic() + START_TIMEOUT_S
         while not ready.exists():
             if self._process.poll() is not None or time.monotonic() > end_s:
-                raise RuntimeError(f"the pool did not start:\n{self._log.read_text(errors='replace')[-2000:]}")
+                raise UnavailableError(f"the pool did not start:\n{self.said()}")
             time.sleep(0.02)
         found: dict[str, Any] = json.loads(ready.read_text())
         return found
@@ -82,7 +89,20 @@ class BenchPool:
     @property
     def total_bytes(self) -> int:
         """All regions together."""
-        return NODES * REGIONS_PER_NODE * self.region_bytes
+        return self.nodes * REGIONS_PER_NODE * self.region_bytes
+
+    def said(self) -> str:
+        """The end of what its processes wrote."""
+        return self._log.read_text(errors="replace").strip()[-2000:]
+
+    def check(self) -> None:
+        """Nothing, while it runs.
+
+        Raises:
+            UnavailableError: it has ended.
+        """
+        if self._process.poll() is not None:
+            raise UnavailableError(f"the pool ended unexpectedly:\n{self.said()}")
 
     def node_cpu_s(self) -> float:
         """Processor time that the memory nodes have used."""
