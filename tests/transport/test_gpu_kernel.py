@@ -1,7 +1,8 @@
-"""The CUDA kernel, compiled for the processor, against the digest that everything else uses; and by nvcc, where it is."""
+"""The CUDA kernel, compiled for the processor, against the digest of all else; and by nvcc, where it is."""
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_a_group_over_several_launches(size: int, cuts: list[int], chunks_per_wa
     data = random_bytes(size, size)
     edges = sorted({0, size, *(cut * CHUNK_BYTES for cut in cuts if cut * CHUNK_BYTES < size)})
     total = np.zeros(1, np.uint64)
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise(edges):
         plan = make_plan(u64(data.ctypes.data + begin), u64(0), u64(end - begin), i32(7), u64(begin))
         assert plan.groups.tolist() == [7]
         total += launch(plan, chunks_per_warp)

@@ -1,1 +1,20 @@
-"""GPU memory."""
+"""GPU memory: the digest, gather and scatter on the device, and batches from and to its memory.
+
+Importing this needs no GPU, no driver and no CuPy; opening a CUDA device does (`open_device`).
+"""
+
+from transport.gpu.cuda import open_device
+from transport.gpu.device import Device, DeviceError, DeviceMemory, PinnedMemory, Stream
+from transport.gpu.host import HostDevice
+from transport.gpu.staging import Stager
+
+__all__ = [
+    "Device",
+    "DeviceError",
+    "DeviceMemory",
+    "HostDevice",
+    "PinnedMemory",
+    "Stager",
+    "Stream",
+    "open_device",
+]
