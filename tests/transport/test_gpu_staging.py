@@ -567,10 +567,12 @@ def test_the_callers_stream_comes_first(bench: Bench, device: HostDevice, write:
         target=(stager.write if write else stager.read), args=(batch,), kwargs={"follow": [mine.number]}
     )
     thread.start()
-    thread.join(0.3)
-    assert thread.is_alive(), "it waits for the caller's stream"
-    gate.set()
-    thread.join()
+    try:
+        thread.join(0.3)
+        assert thread.is_alive(), "it waits for the caller's stream"
+    finally:
+        gate.set()
+        thread.join()
     if write:
         assert np.array_equal(bench.region.buffer[:1000], late)
     else:

@@ -42,6 +42,8 @@ def load_cupy() -> Any:
         raise UnsupportedError(
             f"GPU memory needs CuPy, which can't be imported ({error}); pip install 'memfabric[cuda]'"
         ) from error
+    if cupy.cuda.runtime.is_hip:
+        raise UnsupportedError("this CuPy is built for ROCm; GPU memory needs CUDA")
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except RuntimeError as error:  # CUDARuntimeError
