@@ -8,7 +8,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard transport/native/* memfabric
            $(shell find memfabric transport -name '*.py' -o -name '*.txt' -o -name '*.pyi')
 PYTEST  := $(DEV)/bin/python -m pytest
 
-.PHONY: help setup demo demo-hosts test test-fast test-rdma lint type format bench bench-hosts docs clean
+.PHONY: help setup demo demo-hosts test test-fast test-rdma test-gpu lint type format bench bench-hosts docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,11 @@ test: $(DEMO)/.ready $(DEV)/.ready ## all tests, the demonstration with the real
 
 test-rdma: $(DEV)/.ready ## UCX over RoCE, in a virtual machine with a Soft-RoCE device (x86-64, Debian or alike)
 	scripts/rxe-vm --time-limit 900 --apt libucx0 -- $(DEV)/bin/python -m pytest tests/rdma
+
+test-gpu: $(DEV)/.ready ## GPU memory on this machine's first CUDA device, and what it costs; needs NVIDIA's driver
+	$(DEV)/bin/python -m pip install --quiet --disable-pip-version-check '.[cuda]'
+	$(DEV)/bin/python -m pytest tests/gpu -rs -m gpu
+	$(DEV)/bin/python -m perf.gpu
 
 test-fast: $(DEV)/.ready ## tests without processes and models
 	$(PYTEST) -m "not demo and not processes"

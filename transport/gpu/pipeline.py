@@ -186,9 +186,6 @@ class Pipeline:
         """However this ends, nothing is on its way any more."""
         self.broken = True  # until it ended well
         try:
-            for stream in call.follow:
-                for slot in self._slots:
-                    slot.stream.follow(stream)
             yield
         except DeviceError as error:
             self._drain(call)
@@ -198,6 +195,12 @@ class Pipeline:
             raise
         else:
             self.broken = False
+
+    def _follow(self, call: Call) -> None:
+        """All slots come after what is on the caller's streams now."""
+        for stream in call.follow:
+            for slot in self._slots:
+                slot.stream.follow(stream)
 
     def _drain(self, call: Call) -> None:
         for slot in self._slots:
@@ -218,6 +221,7 @@ class Pipeline:
     def write(self, call: Call) -> None:
         """Gather, copy down, post; whatever slot is free gathers ahead of what is posted."""
         with self._whole(call):
+            self._follow(call)
             cuts = parts.pack(call.pieces, self._part_bytes, self._most_pieces)
             gathered: deque[_Slot] = deque()
             begun = 0
@@ -285,6 +289,7 @@ class Pipeline:
         """Post, copy up, scatter; what has arrived is copied up before the next part is posted."""
         posted: deque[_Slot] = deque()
         with self._whole(call):
+            self._follow(call)
             for number, at in enumerate(parts.pack(call.pieces, self._part_bytes, self._most_pieces)):
                 slot = self._slots[number % len(self._slots)]
                 while slot in posted:
@@ -373,6 +378,7 @@ class Pipeline:
         """Let the transport move the memory itself; the device hashes it before a write and after a read."""
         slot, batch = self._slots[0], call.batch
         with self._whole(call):
+            self._follow(call)
             slot.stream.wait()  # for whom the caller asked to be followed
             if call.write:
                 self._hash(call, slot)
