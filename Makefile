@@ -29,7 +29,7 @@ test-rdma: $(DEV)/.ready ## UCX over RoCE, in a virtual machine with a Soft-RoCE
 	scripts/rxe-vm --time-limit 900 --apt libucx0 -- $(DEV)/bin/python -m pytest tests/rdma
 
 test-gpu: $(DEV)/.ready ## GPU memory on this machine's first CUDA device, and what it costs; needs NVIDIA's driver
-	$(DEV)/bin/python -m pip install --quiet --disable-pip-version-check '.[cuda]'
+	scripts/make-venv "$(PYTHON)" $(DEV) '.[dev,bench,cuda]'
 	$(DEV)/bin/python -m pytest tests/gpu -rs -m gpu
 	$(DEV)/bin/python -m perf.gpu
 

@@ -6,6 +6,7 @@ Not run yet: no machine with a GPU was at hand when this was written. What stand
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import threading
@@ -26,6 +27,9 @@ KERNEL = "memfabric_move"
 _THREADS = 256
 """A block's; as in `move.cu`."""
 _WARPS = _THREADS // 32
+_DMA_BUF_SUPPORTED, _SYNC_MEMOPS, _DMA_BUF_FD = 124, 6, 1
+"""Source: cuda.h of CUDA 13.0: CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED, CU_POINTER_ATTRIBUTE_SYNC_MEMOPS,
+CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD."""
 _PORTABLE = 1
 """cudaHostAllocPortable: pinned for all contexts. Source: CUDA Runtime API, cudaHostAlloc."""
 
@@ -61,6 +65,34 @@ def open_device(ordinal: int) -> CudaDevice:
         UnsupportedError: There is no such device, or none can be used here.
     """
     return CudaDevice(ordinal)
+
+
+def _export(ordinal: int, address: int, size_bytes: int) -> int:
+    """By the driver, which CuPy has no call for. The device is the calling thread's."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        get_handle = driver.cuMemGetHandleForAddressRange
+    except (OSError, AttributeError) as error:
+        raise UnsupportedError(
+            f"NVIDIA's driver exports no dma-bufs: {error}; it takes release 515 or later"
+        ) from error
+    supported = ctypes.c_int(0)
+    code = driver.cuDeviceGetAttribute(ctypes.byref(supported), _DMA_BUF_SUPPORTED, ctypes.c_int(ordinal))
+    if code != 0 or not supported.value:
+        raise UnsupportedError(
+            f"CUDA device {ordinal} exports no dma-bufs; it takes NVIDIA's open kernel modules and Linux 5.12 or later"
+        )
+    flag = ctypes.c_int(1)
+    code = driver.cuPointerSetAttribute(ctypes.byref(flag), _SYNC_MEMOPS, ctypes.c_uint64(address))
+    if code != 0:
+        raise DeviceError(f"CUDA device {ordinal}: cuPointerSetAttribute(SYNC_MEMOPS) failed with {code}")
+    fd = ctypes.c_int(-1)
+    code = get_handle(
+        ctypes.byref(fd), ctypes.c_uint64(address), ctypes.c_size_t(size_bytes), _DMA_BUF_FD, ctypes.c_ulonglong(0)
+    )
+    if code != 0:
+        raise UnsupportedError(f"CUDA device {ordinal} can't export {size_bytes} bytes as a dma-buf: error {code}")
+    return fd.value
 
 
 def ordinal_of(address: int) -> int:
@@ -195,6 +227,11 @@ class CudaDevice:
         """A new stream."""
         with self.active():
             return CudaStream(self)
+
+    def export(self, address: int, size_bytes: int) -> int:
+        """Also makes CUDA order copies of this memory after what the adapter wrote to it before."""
+        with self.active():
+            return _export(self.ordinal, address, size_bytes)
 
     def close(self) -> None:
         """Nothing is held."""

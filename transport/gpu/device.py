@@ -95,6 +95,16 @@ class Device(Protocol):
     def stream(self) -> Stream:
         """A new stream."""
 
+    def export(self, address: int, size_bytes: int) -> int:
+        """A file descriptor of a dma-buf over some of the device's memory; the caller closes it.
+
+        Args:
+            address, size_bytes: Whole pages of the host, within one allocation.
+
+        Raises:
+            UnsupportedError: The device or its driver can't; the message says what it takes.
+        """
+
     def close(self) -> None:
         """Give up what the device itself holds; idempotent. Every stream was waited for."""
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from transport import _gpu_host
 from transport.base import UInt8Column
+from transport.errors import UnsupportedError
 from transport.gpu.device import DeviceError, chunks_per_warp
 from transport.gpu.plan import MovePlan
 
@@ -156,6 +157,10 @@ class HostDevice:
     def stream(self) -> HostStream:
         """A thread."""
         return HostStream(self)
+
+    def export(self, address: int, size_bytes: int) -> int:
+        """There is nothing to export."""
+        raise UnsupportedError("a device made of threads exports no dma-buf")
 
     def by_number(self, number: int) -> HostStream | None:
         """The stream with this `HostStream.number`; None for others', which never have work here."""
