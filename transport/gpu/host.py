@@ -10,6 +10,7 @@ import ctypes
 import queue
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -136,6 +137,7 @@ class HostDevice:
         self.hook = hook
         self._fill = fill
         self._left_bytes = limit_bytes
+        self._given_back: deque[int] = deque()
         self._lock = threading.Lock()
         self._streams: weakref.WeakValueDictionary[int, HostStream] = weakref.WeakValueDictionary()
         self._count = 0
@@ -143,11 +145,14 @@ class HostDevice:
     def allocate(self, size_bytes: int) -> HostMemory:
         """Ordinary memory."""
         with self._lock:
+            while self._given_back:
+                self._left_bytes += self._given_back.popleft()
             if size_bytes > self._left_bytes:
                 raise DeviceError(f"host: {size_bytes} bytes were asked for, {self._left_bytes} are left")
             self._left_bytes -= size_bytes
         memory = HostMemory(size_bytes, self._fill)
-        weakref.finalize(memory, self._give_back, size_bytes)
+        # May run anywhere, also where this thread holds the lock: so it takes none.
+        weakref.finalize(memory, self._given_back.append, size_bytes)
         return memory
 
     def pin(self, size_bytes: int) -> HostMemory:
@@ -171,10 +176,6 @@ class HostDevice:
         """End all streams."""
         for stream in list(self._streams.values()):
             stream.close()
-
-    def _give_back(self, size_bytes: int) -> None:
-        with self._lock:
-            self._left_bytes += size_bytes
 
     def _number(self, stream: HostStream) -> int:
         with self._lock:
