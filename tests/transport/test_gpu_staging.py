@@ -553,6 +553,15 @@ def test_no_memory_for_staging(bench: Bench) -> None:
     stager.close()
 
 
+def test_the_stand_ins_memory_is_given_back_whatever_is_locked() -> None:
+    """Finalizers run anywhere, so also in a thread that holds the device's lock."""
+    device = HostDevice(limit_bytes=1000)
+    memory = device.allocate(900)
+    with device._lock:
+        del memory
+    device.allocate(1000)
+
+
 @pytest.mark.parametrize("write", [True, False], ids=["write", "read"])
 def test_the_callers_stream_comes_first(bench: Bench, device: HostDevice, write: bool) -> None:
     """What the caller's stream still has to do to the memory is done before it is gathered from, or scattered to."""
