@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import itertools
 import shutil
 import subprocess
@@ -125,6 +127,23 @@ def test_bad_plans_are_refused() -> None:
         make_plan(u64(1), u64(0), u64(5), i32(0), u64(100))
     with pytest.raises(ValueError, match="without operations"):
         _gpu_host.move(0, 0, 0, 0, 1, 1)
+
+
+def test_nvrtc_compiles_it() -> None:
+    """As CuPy does, without CuPy and without a device."""
+    spec = importlib.util.find_spec("nvidia")
+    places = [] if spec is None else [Path(place) for place in spec.submodule_search_locations or ()]
+    found = [each for place in places for each in place.glob("cuda_nvrtc/lib/libnvrtc.so.*")]
+    if not found:
+        pytest.skip("no NVRTC in this environment (nvidia-cuda-nvrtc-cu12)")
+    library = ctypes.CDLL(str(found[0]))
+    program, source = ctypes.c_void_p(), SOURCE.read_bytes()
+    assert library.nvrtcCreateProgram(ctypes.byref(program), source, b"move.cu", 0, None, None) == 0
+    options = (ctypes.c_char_p * 2)(b"-std=c++17", b"-arch=sm_90")
+    code = library.nvrtcCompileProgram(program, 2, options)
+    log = ctypes.create_string_buffer(1 << 16)
+    library.nvrtcGetProgramLog(program, log)
+    assert code == 0, log.value.decode()
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])

@@ -10,6 +10,7 @@ Invariants of both:
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from transport.base import UInt8Column
@@ -94,6 +95,10 @@ class Device(Protocol):
 
     def stream(self) -> Stream:
         """A new stream."""
+
+    def active(self) -> AbstractContextManager[None]:
+        """Make the device the calling thread's for as long as the context is open: transports that move its memory
+        themselves look for it there."""
 
     def export(self, address: int, size_bytes: int) -> int:
         """A file descriptor of a dma-buf over some of the device's memory; the caller closes it.

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeAlias
 
 import numpy as np
@@ -162,6 +163,10 @@ class HostDevice:
     def stream(self) -> HostStream:
         """A thread."""
         return HostStream(self)
+
+    def active(self) -> AbstractContextManager[None]:
+        """Threads have no device of their own."""
+        return nullcontext()
 
     def export(self, address: int, size_bytes: int) -> int:
         """There is nothing to export."""

@@ -168,7 +168,7 @@ class Pipeline:
     """
 
     def __init__(self, transport: Transport, device: Device, part_bytes: int, cell: int, slots: int) -> None:
-        self._transport = transport
+        self._transport, self._device = transport, device
         self._part_bytes, self._most_pieces = part_bytes, cell
         self._slots = [_Slot(device, part_bytes, cell) for _ in range(slots)]
         self.broken = False
@@ -387,10 +387,12 @@ class Pipeline:
             whole = slice(0, len(call.pieces))
             columns = Batch(batch.local, batch.region, batch.offset, batch.length, kind=KIND)
             part = slot.part = _Part(whole, call.pieces.operation)
-            part.batch, part.pending = columns, call.post(columns)
+            part.batch = columns
             call.parts_count += 1
-            if part.pending is not None:
-                self._settle(call, part)
+            with self._device.active():
+                part.pending = call.post(columns)
+                if part.pending is not None:
+                    self._settle(call, part)
             slot.part = None
             if not call.write:
                 self._hash(call, slot)
