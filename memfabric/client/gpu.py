@@ -152,6 +152,7 @@ class Gpu:
         self._transport = transport
         self._stagers: dict[Device, Stager] = {}
         self._lock = threading.Lock()
+        self._closed = False
 
     def read(self, device: Device, batch: Batch, deadline_ns: int, threads: int, streams: tuple[int, ...]) -> int:
         """As `transport.gpu.Stager.read`."""
@@ -174,6 +175,7 @@ class Gpu:
     def close(self) -> None:
         """Give staging memory back, once running calls are over."""
         with self._lock:
+            self._closed = True
             stagers, self._stagers = list(self._stagers.values()), {}
         for stager in stagers:
             stager.close()
@@ -182,6 +184,8 @@ class Gpu:
         from transport.gpu import Stager
 
         with self._lock:
+            if self._closed:
+                raise TransportError("the client is closed")
             found = self._stagers.get(device)
             if found is None:
                 found = self._stagers[device] = Stager(self._transport, device)
