@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import itertools
+import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +129,72 @@ def test_bad_plans_are_refused() -> None:
         make_plan(u64(1), u64(0), u64(5), i32(0), u64(100))
     with pytest.raises(ValueError, match="without operations"):
         _gpu_host.move(0, 0, 0, 0, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def device_branch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[MovePlan, int], UInt64Column]:
+    """The source's device branch, run by the processor with the 32 lanes of a warp as threads of their own."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    directory = tmp_path_factory.mktemp("simt")
+    text = SOURCE.read_text("utf-8")
+    for name, kind in (("u64", "u64"), ("u32", "u32"), ("u16", "u16"), ("u8", "u8")):  # what only a GPU can assemble
+        text = re.sub(rf'asm volatile\("ld\.global\.{name} .*\);', f"value = simt::load<{kind}>(from);", text)
+    wide = 'unit = Unit{simt::load<u64>(from), simt::load<u64>(from + 8)}; if ((u64)from % 16) simt::fail("load16");'
+    text = re.sub(r'asm volatile\("ld\.global\.v2\.u64 .*\);', wide, text)
+    assert "asm" not in text
+    text = f'''#include "{Path(__file__).with_name("simt.hpp")}"
+{text}
+extern "C" void launch(unsigned blocks, const mf_gpu::Operation* operations, mf_gpu::u64 count,
+                       const mf_gpu::Stream* streams, mf_gpu::u64* sums, mf_gpu::u64 chunks, mf_gpu::u64 run) {{
+    blockDim.x = 256;
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
+        for (unsigned thread = 0; thread < 256; thread += 32)
+            simt::run(thread, [=] {{ memfabric_move(operations, count, streams, sums, chunks, run); }});
+}}'''
+    source, library = directory / "simt.cpp", directory / "simt.so"
+    source.write_text(text, "utf-8")
+    command = [compiler, "-std=c++17", "-O1", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    done = subprocess.run([*command, "-o", library, source], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = ctypes.CDLL(str(library))
+
+    def run(plan: MovePlan, chunks_per_warp: int) -> UInt64Column:
+        at = plan.words.ctypes.data
+        warps = -(-plan.chunks // chunks_per_warp)
+        numbers = (at, plan.count, at + plan.streams_offset, at + plan.sums_offset, plan.chunks, chunks_per_warp)
+        loaded.launch(ctypes.c_uint(-(-warps // 8)), *map(ctypes.c_uint64, numbers))
+        return plan.words[plan.sums_offset // 8 :]
+
+    return run
+
+
+@pytest.mark.parametrize("unit", [1, 4, 16, 512])
+def test_the_device_branch_lane_by_lane(device_branch: Callable[[MovePlan, int], UInt64Column], unit: int) -> None:
+    """What a GPU executes, but for the loads' instructions: the same bytes and sums as the branch for processors."""
+    draw = np.random.default_rng(unit)
+    for seed in range(6):
+        n = 60
+        length = (draw.integers(1, 9000 // unit // (1 + seed % 3) + 2, n) * unit).astype(np.uint64)
+        group = np.sort(draw.integers(0, 20, n)).astype(np.int32)
+        group[draw.random(n) < 0.1] = -1
+        gaps = draw.integers(0, 5, n).astype(np.uint64) * np.uint64(unit)
+        start = np.cumsum(length + gaps) - length
+        source = random_bytes(int(start[-1] + length[-1]) + 512, seed)
+        source = source[-source.ctypes.data % 256 :]
+        order = draw.permutation(n)
+        place = np.empty(n, np.uint64)
+        place[order] = np.cumsum(length[order]) - length[order]
+        found = []
+        for run in (device_branch, launch):
+            target = np.zeros(int(length.sum()) + 256, np.uint8)
+            target = target[-target.ctypes.data % 256 :][: int(length.sum())]
+            to = place + np.uint64(target.ctypes.data)
+            plan = make_plan(start + np.uint64(source.ctypes.data), to, length, group)
+            found.append((run(plan, 1 + seed % 3).copy(), target))
+        assert np.array_equal(found[0][0], found[1][0])
+        assert np.array_equal(found[0][1], found[1][1]) and found[0][1].any()
 
 
 def test_nvrtc_compiles_it() -> None:
