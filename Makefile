@@ -8,7 +8,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard transport/native/* memfabric
            $(shell find memfabric transport -name '*.py' -o -name '*.txt' -o -name '*.pyi')
 PYTEST  := $(DEV)/bin/python -m pytest
 
-.PHONY: help setup demo demo-hosts test test-fast test-rdma lint type format bench bench-hosts docs clean
+.PHONY: help setup demo demo-hosts test test-fast test-rdma test-gpu lint type format bench bench-hosts docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,11 @@ test-rdma: $(DEV)/.ready ## verbs and UCX over RoCE, in virtual machines with So
 	scripts/rxe-vm --nodes 2 --time-limit 400 -- $(DEV)/bin/python -m tests.rdma.two_guests
 	scripts/rxe-vm --time-limit 2400 --pyverbs --hugepages 8 --apt libucx0 -- \
 	  $(DEV)/bin/python -m pytest tests/rdma --durations=10
+
+test-gpu: $(DEV)/.ready ## GPU memory on this machine's first CUDA device, and what it costs; needs NVIDIA's driver
+	scripts/make-venv "$(PYTHON)" $(DEV) '.[dev,bench,cuda]'
+	$(DEV)/bin/python -m pytest tests/gpu -rs -m gpu
+	$(DEV)/bin/python -m perf.gpu
 
 test-fast: $(DEV)/.ready ## tests without processes and models
 	$(PYTEST) -m "not demo and not processes"

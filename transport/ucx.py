@@ -203,7 +203,11 @@ class UcxTransport(Transport):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What works here. `ordered` tells of the connections that there are now: what travels as messages is."""
+        """What works here.
+
+        `ordered` and `kinds` tell of the connections that there are now: what travels as messages is ordered, and is
+        never device memory.
+        """
         chosen = [each.strip() for each in (self._tls or os.environ.get("UCX_TLS", "")).split(",") if each.strip()]
         one_sided = bool(chosen) and all(each.startswith(_ONE_SIDED) or each == "self" for each in chosen)
         return Capabilities(
@@ -216,12 +220,15 @@ class UcxTransport(Transport):
             zero_copy=False,
             fences=frozenset({"client", "region"}),
             detects=frozenset({"death"}),
-            kinds=frozenset({"cpu", "cuda"} if "cuda" in self._context.information() else {"cpu"}),
+            kinds=frozenset({"cpu", "cuda"} if self._moves_device_memory() else {"cpu"}),
             region_kinds=frozenset({"cpu"}),
             needs_exchange=False,
             max_region_bytes=_MAX_REGION_BYTES,
             max_operation_bytes=_MAX_REGION_BYTES,
         )
+
+    def _moves_device_memory(self) -> bool:
+        return "cuda" in self._context.information() and self._client is not None and self._client.remote_access()
 
     def info(self) -> dict[str, str]:
         """Path, version and source of the libucp, and what it found, for logs and people."""

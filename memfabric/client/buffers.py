@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from memfabric import _native
-from memfabric.client.memory import BlockShape, Extent, Memory, PagedBlocks, block_fragments, extent_of
+from memfabric.client import gpu
+from memfabric.client.memory import BlockShape, Extent, Memory, PagedBlocks, block_fragments, extent_of, one_device
 from memfabric.core.keys import KEY_BYTES, BlockKeys, KeyArray
 from memfabric.errors import UsageError
 
@@ -108,11 +109,11 @@ def resolve(
 
     Args:
         value: one C-contiguous array, tensor or buffer of count × bytes; a list or tuple of `count` such, one
-            per block; or `PagedBlocks`. Any dtype: it is bytes that count.
+            per block; or `PagedBlocks`. Any dtype: it is bytes that count. All of the host, or of one GPU.
         writable: it is an output.
 
     Raises:
-        UsageError: wrong size, read-only, not contiguous, GPU memory, Python objects.
+        UsageError: wrong size, read-only, not contiguous, Python objects, memory of a GPU that can't be used.
     """
     what = "out" if writable else "blocks"
     segment_count = shape.segments if segment_count is None else segment_count
@@ -127,7 +128,8 @@ def resolve(
         for i, extent in enumerate(extents):
             _check(extent, block_bytes, f"{what}[{i}]", writable, "one block")
         base = np.array([extent.address for extent in extents], np.uint64)
-        return Memory(fragments, base, None, count, first, segment_count, tuple(e.owner for e in extents))
+        owners, device = tuple(e.owner for e in extents), one_device(extents, what)
+        return Memory(fragments, base, None, count, first, segment_count, owners, device, _streams(device, owners))
     extent = extent_of(value, what)
     _check(extent, count * block_bytes, what, writable, f"{count} blocks of {block_bytes}")
     if count == 1:
@@ -136,7 +138,13 @@ def resolve(
         base = np.arange(count, dtype=np.uint64)
         base *= np.uint64(block_bytes)
         base += np.uint64(extent.address)
-    return Memory(fragments, base, None, count, first, segment_count, (extent.owner,))
+    owners = (extent.owner,)
+    streams = _streams(extent.device, owners)
+    return Memory(fragments, base, None, count, first, segment_count, owners, extent.device, streams)
+
+
+def _streams(device: Any, owners: Sequence[Any]) -> tuple[int, ...]:
+    return () if device is None else gpu.current_streams(owners)
 
 
 def _check(extent: Extent, size_bytes: int, what: str, writable: bool, content: str) -> None:
@@ -169,4 +177,5 @@ def _resolve_paged(
             f"{what}: block id {ids[wrong]} at position {wrong} lies outside the tensors, which hold blocks "
             f"{layout.min_id} to {layout.max_id}"
         )
-    return Memory(fragments, None, ids, count, first, segment_count, (layout,))
+    streams = _streams(layout.device, layout.owners)
+    return Memory(fragments, None, ids, count, first, segment_count, (layout,), layout.device, streams)

@@ -71,11 +71,11 @@ def read_blocks(engine: Engine, keys: KeyArray, place: Place, memory: Memory, de
     try:
         batch = _batch(engine, False, place, memory, verify, digests, int(headers.ctypes.data), stride, header_bytes)
         transport, threads = engine.transport, engine.settings.copy_threads
-        if verify:
+        if verify and memory.device is None:
             done = transport.read(batch, deadline_ns, threads) == len(batch)
         else:
-            payload, header = _split(batch, len(batch) - n)
-            done = transport.read(payload, deadline_ns, threads) == len(payload)
+            payload, header = _split(batch, len(batch) - n, memory.kind)
+            done = _move(engine, False, payload, memory, deadline_ns) == len(payload)
             done = transport.read(header, deadline_ns, 1) == n and done
             batch.status = np.concatenate([payload.status, header.status])
             batch.error = payload.error or header.error
@@ -221,7 +221,8 @@ def write_payload(engine: Engine, place: Place, memory: Memory, deadline_ns: int
     digests = np.empty(memory.count * memory.segment_count, np.uint64)
     try:
         batch = _batch(engine, True, place, memory, True, digests, 0, 0, 0)
-        done = engine.transport.write(batch, deadline_ns, engine.settings.copy_threads) == len(batch)
+        batch.kind = memory.kind
+        done = _move(engine, True, batch, memory, deadline_ns) == len(batch)
     except (TransportError, IndexError) as error:
         return _by_region(
             place,
@@ -277,9 +278,22 @@ def _batch(
     return Batch(local[:count], region[:count], offset[:count], length[:count], group[:count], digests)
 
 
-def _split(batch: Batch, at: int) -> tuple[Batch, Batch]:
+def _move(engine: Engine, write: bool, batch: Batch, memory: Memory, deadline_ns: int) -> int:
+    """Read or write a batch of payload; operations done."""
+    threads = engine.settings.copy_threads
+    if memory.device is None:
+        return (engine.transport.write if write else engine.transport.read)(batch, deadline_ns, threads)
+    call = engine.gpu.write if write else engine.gpu.read
+    return call(memory.device, batch, deadline_ns, threads, memory.streams)
+
+
+def _split(batch: Batch, at: int, kind: str) -> tuple[Batch, Batch]:
+    """Payload, with its digests if it has some, and headers, which are in the host's memory whatever the payload is."""
+    group = None if batch.digest is None or batch.group is None else batch.group[:at]
     return (
-        Batch(batch.local[:at], batch.region[:at], batch.offset[:at], batch.length[:at]),
+        Batch(
+            batch.local[:at], batch.region[:at], batch.offset[:at], batch.length[:at], group, batch.digest, kind=kind
+        ),
         Batch(batch.local[at:], batch.region[at:], batch.offset[at:], batch.length[at:]),
     )
 

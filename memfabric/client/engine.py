@@ -17,6 +17,7 @@ import numpy as np
 
 from memfabric.client.calls import Answer
 from memfabric.client.effects import Operation, Rpc
+from memfabric.client.gpu import Gpu
 from memfabric.client.link import open_link
 from memfabric.client.memory import BlockShape
 from memfabric.client.places import DEFAULT_CAPACITY, Places
@@ -73,6 +74,7 @@ class Engine:
         """
         self.settings = settings
         self.transport = transport
+        self.gpu = Gpu(transport)
         self.counters: Counter[str] = Counter()
         self._count_lock = threading.Lock()
         self.leases: dict[int, bool] = {}
@@ -247,6 +249,7 @@ class Engine:
                 for choice in self.transport.choices()
             ],
             **self.transport.stats(),
+            **self.gpu.stats(),
             "known_places": len(self.places),
             "regions": len(self.regions),
             "view_version": self.regions.version[1],
@@ -262,6 +265,7 @@ class Engine:
             return
         self.closed = True
         self.regions.close()  # waits for running copies: from here on nothing is written under our leases
+        self.gpu.close()
         self.transport.close()
         self.leases.clear()
         self.link.detach()

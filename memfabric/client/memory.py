@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from memfabric import _native
+from memfabric.client import gpu
 from memfabric.errors import UsageError
+
+if TYPE_CHECKING:
+    from transport.gpu import Device
 
 Int64s = npt.NDArray[np.int64]
 UInt64s = npt.NDArray[np.uint64]
@@ -47,6 +51,8 @@ class Memory:
         block_id: int64 ``[count]`` which block of the tensors, or None where strides do not matter.
         first_segment, segment_count: what `fragments` covers.
         owners: objects that keep the addresses valid.
+        device: whose memory it is; None: the host's.
+        streams: of memory of a device: the caller's streams whose work of now comes first.
     """
 
     fragments: Int64s
@@ -56,6 +62,13 @@ class Memory:
     first_segment: int
     segment_count: int
     owners: tuple[Any, ...]
+    device: Device | None = None
+    streams: tuple[int, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """As `transport.base.Batch.kind`."""
+        return "cpu" if self.device is None else gpu.KIND
 
     def select(self, positions: npt.NDArray[np.intp] | slice) -> Memory:
         """The same memory for some of the blocks."""
@@ -88,20 +101,21 @@ def block_fragments(shape: BlockShape, first: int, count: int) -> Int64s:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Extent:
-    """One object's memory: where, how much, and what may be done with it."""
+    """One object's memory: where, how much, and what may be done with it. `device`: whose; None: the host's."""
 
     address: int
     size_bytes: int
     writable: bool
     contiguous: bool
     owner: Any
+    device: Device | None = None
 
 
 def extent_of(value: Any, what: str) -> Extent:
-    """The memory of a numpy array, torch tensor or anything with the buffer protocol.
+    """The memory of a numpy array, torch tensor, GPU array or anything with the buffer protocol.
 
     Raises:
-        UsageError: none of these; memory of a GPU; Python objects inside.
+        UsageError: none of these; memory of a GPU where none can be used; Python objects inside.
     """
     if hasattr(value, "data_ptr") and hasattr(value, "element_size"):
         return _tensor_extent(value, what)
@@ -110,10 +124,11 @@ def extent_of(value: Any, what: str) -> Extent:
     except (TypeError, BufferError, ValueError) as error:
         if isinstance(value, np.ndarray):  # a dtype that the buffer protocol cannot express (bfloat16, datetime64)
             return _array_extent(value, what)
-        if hasattr(value, "__cuda_array_interface__"):
-            raise UsageError(f"{what} is in GPU memory; this release reads and writes host memory only") from error
+        array = gpu.cuda_array(value, what)
+        if array is not None:
+            return _cuda_extent(array, what)
         raise UsageError(
-            f"{what} must be a numpy array, a CPU torch tensor or an object with the buffer protocol, "
+            f"{what} must be a numpy array, a torch tensor, a GPU array or an object with the buffer protocol, "
             f"got {type(value).__name__}"
         ) from error
     if objects:
@@ -139,19 +154,54 @@ def _array_extent(array: npt.NDArray[Any], what: str) -> Extent:
 
 
 def _tensor_extent(tensor: Any, what: str) -> Extent:
-    device = str(getattr(tensor, "device", "cpu"))
-    if device.split(":")[0] != "cpu":
-        raise UsageError(
-            f"{what} is a tensor on {device}; this release reads and writes host memory only: use a CPU tensor "
-            "(tensor.cpu()), GPU memory comes with a later release"
-        )
+    on_gpu = gpu.is_cuda_tensor(tensor)
+    where = str(getattr(tensor, "device", "cpu"))
+    if not on_gpu and where.split(":")[0] != "cpu":
+        raise UsageError(f"{what} is a tensor on {where}; host and CUDA memory can be used: pass tensor.cpu()")
     try:
         item = int(tensor.element_size())
         strides = [int(stride) * item for stride in tensor.stride()]
         size = _span([int(side) for side in tensor.shape], strides, item, what)
-        return Extent(int(tensor.data_ptr()), size, True, bool(tensor.is_contiguous()), tensor)
+        address, contiguous = int(tensor.data_ptr()), bool(tensor.is_contiguous())
+        ordinal = int(where.partition(":")[2] or 0) if on_gpu else -1
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise UsageError(f"{what} is a tensor without plain memory (sparse or meta): {error}") from error
+    device = gpu.device_of(ordinal, address, what) if on_gpu else None
+    return Extent(address, size, True, contiguous, tensor, device)
+
+
+def _cuda_extent(array: gpu.CudaArray, what: str) -> Extent:
+    packed = _packed(array.shape, array.item_bytes)
+    strides = packed if array.strides is None else array.strides
+    # Where there is one item or none along a side, its stride says nothing.
+    contiguous = 0 in array.shape or all(
+        side == 1 or stride == tight for side, stride, tight in zip(array.shape, strides, packed, strict=True)
+    )
+    size = _span(array.shape, strides, array.item_bytes, what)
+    device = gpu.device_of(array.ordinal, array.address, what)
+    return Extent(array.address, size, array.writable, contiguous, array.owner, device)
+
+
+def _packed(shape: Sequence[int], item_bytes: int) -> tuple[int, ...]:
+    """Strides of a C-contiguous array, in bytes."""
+    strides = []
+    for side in reversed(shape):
+        strides.append(item_bytes)
+        item_bytes *= side
+    return tuple(reversed(strides))
+
+
+def one_device(extents: Sequence[Extent], what: str) -> Device | None:
+    """Whose memory all of them are.
+
+    Raises:
+        UsageError: They are of several devices, or some of the host.
+    """
+    devices = {extent.device for extent in extents}
+    if len(devices) > 1:
+        names = sorted("the host" if device is None else device.name for device in devices)
+        raise UsageError(f"{what} lies in the memory of {' and '.join(names)}; one call takes one of them")
+    return next(iter(devices), None)
 
 
 def _span(shape: Sequence[int], strides: Sequence[int], item_bytes: int, what: str) -> int:
@@ -175,11 +225,14 @@ class PagedLayout:
         writable: whether blocks can be read *into* all of it.
         block_bytes, segments: what the fragments add up to.
         min_id, max_id: block ids whose fragments all lie inside their tensors.
+        device: whose memory the tensors are; None: the host's.
     """
 
-    __slots__ = ("_offsets", "block_bytes", "fragments", "max_id", "min_id", "owners", "segments", "writable")
+    __slots__ = ("_offsets", "block_bytes", "device", "fragments", "max_id", "min_id", "owners", "segments", "writable")
 
-    def __init__(self, fragments: Int64s, *, writable: bool, owners: Sequence[Any]) -> None:
+    def __init__(
+        self, fragments: Int64s, *, writable: bool, owners: Sequence[Any], device: Device | None = None
+    ) -> None:
         """Take a table as it is; `from_tensors` makes one with true extents.
 
         Args:
@@ -187,6 +240,7 @@ class PagedLayout:
                 outside.
             writable: whether the memory may be written.
             owners: objects to keep alive for as long as the layout is.
+            device: whose memory it is; None: the host's.
 
         Raises:
             UsageError: wrong shape, segments that do not rise from 0 without gaps, or of unequal sizes.
@@ -208,6 +262,7 @@ class PagedLayout:
         self.fragments = table
         self.writable = writable
         self.owners = tuple(owners)
+        self.device = device
         self.segments = len(totals)
         self.block_bytes = int(totals.sum())
         self._offsets = np.searchsorted(segment, np.arange(self.segments + 1))
@@ -223,7 +278,7 @@ class PagedLayout:
             segments: per segment its fragments in order, each ``(tensor, base_offset_bytes, stride_bytes,
                 fragment_bytes)``: the fragment of block ``b`` is `fragment_bytes` long and starts
                 ``base_offset_bytes + b × stride_bytes`` behind the tensor's first element. Tensors: numpy
-                arrays, CPU torch tensors or buffers; they are kept alive, and must not be resized.
+                arrays, torch tensors, buffers, or arrays of one GPU; they are kept alive, and must not be resized.
 
         Raises:
             UsageError: see `PagedLayout`, or a tensor whose memory cannot be used.
@@ -242,7 +297,9 @@ class PagedLayout:
                     writable = writable and extent.writable
                 end = extent.address + extent.size_bytes
                 rows.append((extent.address + offset, stride, size, index, extent.address, end))
-        return cls(np.array(rows, np.int64).reshape(-1, FRAGMENT_FIELDS), writable=writable, owners=owners)
+        device = one_device(list(known.values()), "the paged layout")
+        table = np.array(rows, np.int64).reshape(-1, FRAGMENT_FIELDS)
+        return cls(table, writable=writable, owners=owners, device=device)
 
     def of_segments(self, first: int, count: int) -> Int64s:
         """The fragments of some segments."""

@@ -145,8 +145,8 @@ class Client:
 
         Args:
             keys: n keys; the same key may be there twice.
-            out: where to: one C-contiguous array, CPU tensor or buffer of ``n × block_bytes``; a list of n
-                buffers of block_bytes; or `PagedBlocks`. None: a fresh uint8 array ``[n, block_bytes]``.
+            out: where to: one C-contiguous array, tensor or buffer of ``n × block_bytes``, of the host or of a GPU; a
+                list of n of block_bytes each; or `PagedBlocks`. None: a fresh uint8 array ``[n, block_bytes]``.
             leased: do not rely on known places; take a lease for every block.
 
         Returns:

@@ -223,7 +223,7 @@ def write_blocks(
 ) -> Copied:
     """Header (writing), payload, header (complete): three batches, each visible before the next begins."""
     claims = engine.transport.capabilities
-    if claims.ordered and not claims.inline_digest:  # then nobody has to wait in between
+    if claims.ordered and not claims.inline_digest and memory.device is None:  # then nobody has to wait in between
         copied = write_in_order(engine, keys, place, tokens, memory, deadline_ns)
         if copied is not None:
             return copied

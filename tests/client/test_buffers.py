@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import sys
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ def test_read_only_memory_may_be_read_from() -> None:
         (np.zeros((64, 2), np.uint8).T, "not C-contiguous"),
         (np.zeros(16, object), "Python objects"),
         (np.zeros((2, 64), [("a", object), ("b", "u1", 56)]), "Python objects"),
-        (Tensor(np.zeros((2, 64), np.uint8), "cuda:0"), "cuda:0.*later release"),
+        (Tensor(np.zeros((2, 64), np.uint8), "xpu:0"), r"tensor on xpu:0.*tensor.cpu"),
         (Tensor(np.zeros((2, 64), np.uint8), dense=False), "sparse"),
         (Tensor(np.zeros((64, 2), np.uint8).T), "not C-contiguous"),
         ([np.zeros(64, np.uint8)], "1 buffers for 2 keys"),
@@ -188,3 +189,12 @@ def test_token_counts_and_segments() -> None:
     for empty in (slice(2, 2), slice(4, 9), slice(0, 4, 2)):
         with pytest.raises(UsageError, match="non-empty slice"):
             segment_range(empty, SHAPE)
+
+
+def test_gpu_memory_without_cupy_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)  # as if it were not installed
+    tensor = Tensor(np.zeros((2, 64), np.uint8), "cuda:0")
+    with pytest.raises(UsageError, match=r"out is in GPU memory.*needs CuPy.*pip install 'memfabric\[cuda\]'"):
+        resolve(tensor, 2, SHAPE, writable=True)
+    with pytest.raises(UsageError, match="needs CuPy"):
+        PagedLayout.from_tensors([[(tensor, 0, 64, 64)]])

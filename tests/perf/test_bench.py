@@ -61,3 +61,12 @@ def _check_results(results: dict[str, Any]) -> None:
     assert {(record["request"], record["keys"]) for record in results["round_trip"]} <= requests
     assert results["memory"]["core"]["blocks"] == results["memory"]["server"]["blocks"] == 100_000
     assert results["node"]["cpu_s_per_gib_beyond_idle"] >= 0
+
+
+@pytest.mark.processes
+def test_gpu_figures_are_printed_by_the_stand_in_too() -> None:
+    command = [sys.executable, "-m", "perf.gpu", "--device", "host", "--mib", "2", "--seconds", "0.1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("digest", "gather and digest of 256 B", "write of 1024 KiB blocks, staged"):
+        assert f"  {name} " in done.stdout

@@ -334,3 +334,21 @@ def test_the_owner_checks_bounds_too(owner: OwnerProcess) -> None:
             assert batch.status.tolist() == [DONE, DENIED, DENIED]
             assert batch.error is not None
     assert owner.digest_of(1) == before
+
+
+def test_device_memory_is_claimed_only_where_it_can_be_moved(owner: OwnerProcess) -> None:
+    """A UCX with CUDA moves device memory by remote memory access, never as messages: then callers have to stage."""
+    from types import SimpleNamespace
+
+    with UcxTransport(tls="tcp,self") as client:
+        real = client._context
+        assert client.capabilities.data_path  # remembered: it looks at the real one
+        client._context = SimpleNamespace(information=lambda: "tcp cuda_copy", version=real.version)
+        assert client.capabilities.kinds == {"cpu"}, "not connected yet, so not known"
+        handle = client.connect(owner.create(1, 4096), writable=True)
+        assert client.read(operations(np.zeros(100, np.uint8), handle, [(0, 0, 100)]), after(20)) == 1
+        assert client.capabilities.ordered and client.capabilities.kinds == {"cpu"}
+        client._client = SimpleNamespace(remote_access=lambda: True, in_order=lambda: False, close=client._client.close)
+        assert client.capabilities.kinds == {"cpu", "cuda"}
+        client._context = real
+        assert client.capabilities.kinds == {"cpu"}

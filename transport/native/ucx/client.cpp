@@ -190,7 +190,7 @@ size_t Client::connections() const {
     return count;
 }
 
-bool Client::in_order() const {
+bool Client::every_connection(bool by_messages) const {
     std::vector<std::shared_ptr<Group>> groups;
     {
         std::lock_guard guard(lock_);
@@ -202,7 +202,7 @@ bool Client::in_order() const {
         if (!guard) return false;  // it is connecting just now
         for (const auto& each : group->lanes) {
             if (!each || !each->usable()) continue;
-            if (!each->by_messages()) return false;
+            if (each->by_messages() != by_messages) return false;
             ++count;
         }
     }

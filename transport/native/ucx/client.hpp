@@ -182,11 +182,14 @@ public:
     uint64_t cuts() const { return cuts_; }
     size_t connections() const;
     // Whether there are connections, and every one carries messages: then operations are performed in order.
-    bool in_order() const;
+    bool in_order() const { return every_connection(true); }
+    // Whether there are connections, and every one has remote memory access: then device memory can be moved.
+    bool remote_access() const { return every_connection(false); }
     std::vector<std::string> lanes() const;
 
 private:
     friend class Batch;
+    bool every_connection(bool by_messages) const;
     struct Handle {
         std::shared_ptr<Group> group;
         RemoteRegion region;

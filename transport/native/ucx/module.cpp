@@ -206,6 +206,7 @@ NB_MODULE(_ucx, m) {
              "memory_type"_a)
         .def("connections", &mf::Client::connections, nb::call_guard<nb::gil_scoped_release>())
         .def("in_order", &mf::Client::in_order, nb::call_guard<nb::gil_scoped_release>())
+        .def("remote_access", &mf::Client::remote_access, nb::call_guard<nb::gil_scoped_release>())
         .def("lanes", &mf::Client::lanes, nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("connects", &mf::Client::connects)
         .def_prop_ro("cuts", &mf::Client::cuts)
