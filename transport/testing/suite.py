@@ -583,12 +583,13 @@ class ConformanceSuite:
         other = self.join(client, owner, owner.create(2, 64 * KIB, seed=27))
         stream = _Stream(client, handle, self.region_bytes, self.after)
         with stream:
-            self.sleep(0.2)
+            while stream.running and not stream.rounds:
+                self.sleep(0.05)
+            assert stream.rounds
             owner.close_region(1)
             before = owner.digest_of(1)
             self.sleep(0.5 * self.slow)
             assert owner.digest_of(1) == before, "a byte changed after the region was withdrawn"
-        assert stream.rounds
         batch = blocks(np.zeros(64 * KIB, np.uint8), handle, 8 * KIB)
         assert client.write(batch, self.after(3.0 * self.slow)) == 0
         buffer = np.zeros(64 * KIB, np.uint8)
@@ -678,6 +679,10 @@ class _Stream:
             if self._client.write(batch, self._after(10.0)) != len(batch):
                 return
             self.rounds += 1
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
 
     def stop(self) -> None:
         self._stop.set()
