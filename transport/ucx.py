@@ -21,20 +21,18 @@ import os
 import socket
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
 
 from transport import _digests, _ucx_library, base
+from transport._pending import Posted
 from transport.base import Batch, Capabilities, Exchange, Pending, Region, Transport, UInt8Column
 from transport.errors import (
     DescriptorError,
     NotConnectedError,
     OutOfMemoryError,
-    PeerLostError,
-    TimedOutError,
     TransportError,
     UnreachableError,
     UnsupportedError,
@@ -94,51 +92,6 @@ class UcxRegion(Region):
         return f"<UcxRegion {self.region_id:#x}, {self.size_bytes} bytes>"
 
 
-class _UcxPending(Pending):
-    """A batch with UCX."""
-
-    def __init__(self, transport: UcxTransport, batch: Batch, native: Any, write: bool) -> None:
-        self._transport = transport
-        self._write = write
-        self._batch = batch
-        self._native = native
-        self._settled = False
-
-    def poll(self) -> bool:
-        if not self._settled and self._native.poll():
-            self._settle()
-        return self._settled
-
-    def wait(self) -> int:
-        done: int = self._native.wait()
-        self._settle()
-        return done
-
-    def abandon(self) -> int:
-        done: int = self._native.abandon()
-        self._settle()
-        return done
-
-    def _settle(self) -> None:
-        if self._settled:
-            return
-        self._settled = True
-        status, why = self._native.failure
-        if status == base.DONE:
-            self._batch.error = None
-        elif status == base.PEER_LOST:
-            self._batch.error = PeerLostError(why)
-        elif status == base.TIMED_OUT or (status == base.NOT_DONE and "deadline" in why):
-            self._batch.error = TimedOutError(why)
-        else:
-            self._batch.error = UnreachableError(why)
-        if self._write:
-            _digests.drop_unfinished(self._batch)
-        else:
-            _digests.fill(self._batch)
-        self._transport._ended(self)
-
-
 class UcxTransport(Transport):
     """See the module. Thread-safe; not usable in a forked child.
 
@@ -192,7 +145,7 @@ class UcxTransport(Transport):
         self._owner: Any = None
         self._nonce = os.urandom(16)
         self._guard = threading.Lock()
-        self._pending: weakref.WeakSet[_UcxPending] = weakref.WeakSet()
+        self._posted = Posted()
         self._closed = False
         self._pid = os.getpid()
 
@@ -367,21 +320,10 @@ class UcxTransport(Transport):
             raise base.refusal("write" if write else "read", batch, native.refusal, self.size_of)
         if write and not native.hashed:
             _digests.fill_posted(batch)
-        pending = _UcxPending(self, batch, native, write)
-        self._pending.add(pending)
-        return pending
-
-    def _ended(self, pending: _UcxPending) -> None:
-        self._pending.discard(pending)
+        return self._posted.pending(batch, native, write)
 
     def flush(self, deadline_ns: int = 0) -> bool:
-        end_ns = deadline_ns or time.monotonic_ns() + self._limit_ns
-        for pending in list(self._pending):
-            while not pending.poll():
-                if time.monotonic_ns() >= end_ns:
-                    return False
-                time.sleep(0.0005)
-        return True
+        return self._posted.flush(deadline_ns or time.monotonic_ns() + self._limit_ns)
 
     def stats(self) -> dict[str, int | str]:
         found: dict[str, int | str] = {

@@ -21,23 +21,19 @@ import logging
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from transport import _digests, base
+from transport._pending import Posted
 from transport._verbs_devices import Device, choose, devices, list_devices, open_library
-from transport._verbs_messages import MAX_REGION_BYTES, VERSION, Descriptor, Hello, Welcome, decode, encode
-from transport._verbs_owner import Link, Owner, memlock_advice
+from transport._verbs_messages import MAX_REGION_BYTES, VERSION, Descriptor, decode, encode
+from transport._verbs_owner import Link, Owner
+from transport._verbs_peers import Peers
 from transport.base import Batch, Capabilities, Exchange, Pending, Region, Transport, UInt8Column
 from transport.errors import (
-    DescriptorError,
-    NotConnectedError,
     NotWritableError,
-    PeerLostError,
-    TimedOutError,
     TransportError,
     UnreachableError,
     UnsupportedError,
@@ -50,7 +46,6 @@ DEFAULT_LIMIT_NS = 30_000_000_000
 DEFAULT_CHUNK_BYTES = 1 << 30
 DEFAULT_STAGING_BYTES = 4 << 20
 _SEGMENTS = 16
-_HELLO_REGIONS = 4096
 _RECONNECT_NS = 2_000_000_000
 """What a batch waits at most for a lost connection to be made anew; an owner that lives answers in milliseconds."""
 _log = logging.getLogger("memfabric.transport.verbs")
@@ -78,56 +73,6 @@ class VerbsRegion(Region):
 
     def __repr__(self) -> str:
         return f"<VerbsRegion {self.region_id:#x}, {self.size_bytes} bytes>"
-
-
-class _VerbsPending(Pending):
-    def __init__(self, transport: VerbsTransport, batch: Batch, native: Any, write: bool) -> None:
-        self._transport, self._batch, self._native, self._write = transport, batch, native, write
-        self._settled = False
-
-    def poll(self) -> bool:
-        if not self._settled and self._native.poll():
-            self._settle()
-        return self._settled
-
-    def wait(self) -> int:
-        done: int = self._native.wait()
-        self._settle()
-        return done
-
-    def abandon(self) -> int:
-        done: int = self._native.abandon()
-        self._settle()
-        return done
-
-    def _settle(self) -> None:
-        if self._settled:
-            return
-        self._settled = True
-        status, why = self._native.failure
-        if status == base.DONE:
-            self._batch.error = None
-        elif status == base.PEER_LOST:
-            self._batch.error = PeerLostError(why)
-        elif status == base.TIMED_OUT or (status == base.NOT_DONE and "deadline" in why):
-            self._batch.error = TimedOutError(why)
-        else:
-            self._batch.error = UnreachableError(why)
-        if self._write:
-            _digests.drop_unfinished(self._batch)
-        else:
-            _digests.fill(self._batch)
-        self._transport._ended(self)
-
-
-class _Peer:
-    """One owner's life, for reading or for writing: a connection, and what is reached over it."""
-
-    def __init__(self, number: int, owner: bytes, writable: bool, exchange: Exchange) -> None:
-        self.number, self.owner, self.writable, self.exchange = number, owner, writable, exchange
-        self.regions: dict[int, Descriptor] = {}
-        self.users = 0  # threads that connect to it
-        self.lock = threading.Lock()
 
 
 class VerbsTransport(Transport):
@@ -202,19 +147,13 @@ class VerbsTransport(Transport):
             limit_ns=limit_ns,
         )
         self._library = opened.path
-        self._reads = max(1, min(255, limits["max_reads_asked"]))
         self._limit_ns = limit_ns
         self._nonce = os.urandom(16)
         self._owner = Owner(self._device, self._choice, self._nonce, self._link, chunk_bytes)
         self._guard = threading.Lock()
-        self._peers: dict[tuple[bytes, bool], _Peer] = {}
-        self._by_number: dict[int, _Peer] = {}
-        self._of_handle: dict[int, _Peer] = {}
-        self._next_peer = 0
-        self._connects = 0
+        self._peers = Peers(self._device, self._choice, self._link, self._client)
         self._unregistered = 0
-        self._pending: weakref.WeakSet[_VerbsPending] = weakref.WeakSet()
-        self._closed = False
+        self._posted = Posted()
         self._pid = os.getpid()
 
     @property
@@ -313,120 +252,13 @@ class VerbsTransport(Transport):
         if told.ethernet != (self._choice.port.link_layer == "Ethernet"):
             theirs = "RoCE (Ethernet)" if told.ethernet else "InfiniBand"
             raise UnreachableError(f"region {told.region_id:#x} is on {theirs}, this client uses {self._choice}")
-        end_ns = deadline_ns or time.monotonic_ns() + self._limit_ns
-        peer = self._peer(told.owner, writable, exchange)
-        try:
-            self._locked(peer, end_ns)
-            try:
-                peer.exchange = exchange
-                alive = self._client.alive(peer.number)
-                found = self._meet(peer, [*([] if alive else peer.regions.values()), told], not alive, end_ns)
-                if not found[-1]:
-                    raise UnreachableError(f"region {told.region_id:#x} is not lent any more")
-                handle = self._client.add(peer.number, told.size_bytes, writable, found[-1])
-                with self._guard:
-                    closed = self._closed
-                    peer.regions[handle] = told
-                    self._of_handle[handle] = peer
-            finally:
-                peer.lock.release()
-        finally:
-            with self._guard:
-                peer.users -= 1
-            self._let_go(peer)
-        if closed:
-            raise TransportError("this transport is closed")
-        return handle
-
-    def _peer(self, owner: bytes, writable: bool, exchange: Exchange) -> _Peer:
-        with self._guard:
-            if self._closed:
-                raise TransportError("this transport is closed")
-            peer = self._peers.get((owner, writable))
-            if peer is None:
-                peer = _Peer(self._next_peer, owner, writable, exchange)
-                self._next_peer += 1
-                self._peers[owner, writable] = self._by_number[peer.number] = peer
-            peer.users += 1
-            return peer
-
-    def _let_go(self, peer: _Peer) -> None:
-        """Forget a peer if nothing is reached over it; its connection ends."""
-        with self._guard:
-            idle = not peer.users and not peer.regions and self._by_number.pop(peer.number, None) is not None
-            if idle:
-                del self._peers[peer.owner, peer.writable]
-        if idle:
-            self._client.drop(peer.number)
-
-    def _locked(self, peer: _Peer, end_ns: int) -> None:
-        if not peer.lock.acquire(timeout=max(0.0, (end_ns - time.monotonic_ns()) / 1e9)):
-            raise TimedOutError("the deadline passed while another thread was connecting to the same owner")
-
-    def _meet(
-        self, peer: _Peer, regions: list[Descriptor], connect: bool, end_ns: int
-    ) -> list[list[tuple[int, int, int, int]]]:
-        """Ask an owner for regions, and for a new connection; the pieces of each. With the peer's lock held."""
-        from transport import _verbs
-
-        if len(regions) > _HELLO_REGIONS:
-            raise UnreachableError(f"more than {_HELLO_REGIONS} regions of one owner over verbs")
-        try:
-            end = _verbs.End.of_client(self._client) if connect else None
-        except _verbs.VerbsError as error:
-            code, told = error.args
-            raise UnreachableError(f"{self._choice} makes no queue pair: {told}{memlock_advice(code)}") from None
-        mine = self._link.queue(end, self._choice, self._device.gid, self._reads) if end else None
-        asked = [(each.region_id, each.serial) for each in regions]
-        raw = peer.exchange(encode(Hello(VERSION, peer.owner, peer.writable, mine, asked)), end_ns)
-        try:
-            welcome = decode(Welcome, raw)
-            if len(welcome.regions) != len(asked) or (welcome.queue is None) == connect:
-                raise DescriptorError("it does not answer what was asked")
-            for each, pieces in zip(regions, welcome.regions, strict=True):
-                _check_pieces(pieces, each.size_bytes)
-        except DescriptorError as error:
-            raise UnreachableError(f"the owner's welcome can't be used: {error}") from error
-        if end is not None and welcome.queue is not None:
-            try:
-                # The owner asks for signs of life by writes of no bytes; no memory here is open to it.
-                self._link.join(end, welcome.queue, _verbs.REMOTE_WRITE, self._reads)
-            except _verbs.VerbsError as error:
-                raise UnreachableError(f"{self._choice} can't connect to the owner: {error.args[1]}") from None
-            for handle, told in list(peer.regions.items()):
-                self._client.replace(peer.number, handle, welcome.regions[regions.index(told)])
-            self._client.use(peer.number, end)
-            self._connects += 1
-        return welcome.regions
-
-    def _reconnect(self, number: int, end_ns: int) -> str:
-        """Make a lost connection anew; why not, if not."""
-        with self._guard:
-            peer = self._by_number.get(number)
-        if peer is None:
-            return "the region was disconnected"
-        try:
-            self._locked(peer, end_ns)
-            try:
-                if not self._client.alive(number):
-                    self._meet(peer, list(peer.regions.values()), True, end_ns)
-            finally:
-                peer.lock.release()
-        except TransportError as error:
-            return f"the connection was lost and can't be made anew: {error}"
-        return ""
+        return self._peers.connect(told, writable, exchange, deadline_ns or time.monotonic_ns() + self._limit_ns)
 
     def size_of(self, handle: int) -> int:
         return int(self._client.size_of(handle))
 
     def disconnect(self, handle: int) -> None:
-        with self._guard:
-            peer = self._of_handle.pop(handle, None)
-            if peer is not None:
-                del peer.regions[handle]
-        if peer is None or not self._client.remove(handle):
-            raise NotConnectedError(f"handle {handle} is not connected")
-        self._let_go(peer)
+        self._peers.disconnect(handle)
 
     def prepare(self, address: int, length: int) -> None:
         self._check_process()
@@ -467,28 +299,17 @@ class VerbsTransport(Transport):
             # No owner that hangs takes all of the time from the others.
             now_ns = time.monotonic_ns()
             share_ns = min((end_ns - now_ns) // (2 * len(missing)), _RECONNECT_NS)
-            why = self._reconnect(number, now_ns + share_ns) or why
+            why = self._peers.reconnect(number, now_ns + share_ns) or why
         native.begin(why)
-        pending = _VerbsPending(self, batch, native, write)
-        self._pending.add(pending)
-        return pending
-
-    def _ended(self, pending: _VerbsPending) -> None:
-        self._pending.discard(pending)
+        return self._posted.pending(batch, native, write)
 
     def flush(self, deadline_ns: int = 0) -> bool:
-        end_ns = deadline_ns or time.monotonic_ns() + self._limit_ns
-        for pending in list(self._pending):
-            while not pending.poll():
-                if time.monotonic_ns() >= end_ns:
-                    return False
-                time.sleep(0.0005)
-        return True
+        return self._posted.flush(deadline_ns or time.monotonic_ns() + self._limit_ns)
 
     def stats(self) -> dict[str, int | str]:
         return {
             "connections": self._client.connections(),
-            "connects": self._connects,
+            "connects": self._peers.connects,
             "staged_bytes": self._client.staged_bytes(),
             "prepare_failures": self._unregistered,
             "clients": self._owner.connections(),
@@ -499,8 +320,7 @@ class VerbsTransport(Transport):
     def close(self) -> None:
         if os.getpid() != self._pid:
             return
-        with self._guard:
-            self._closed = True
+        self._peers.close()
         self._client.close()
         self._owner.close()
 
@@ -512,14 +332,3 @@ class VerbsTransport(Transport):
 def _check_identity(identity: bytes) -> None:
     if len(identity) != base.IDENTITY_BYTES:
         raise ValueError(f"an identity is {base.IDENTITY_BYTES} bytes, not {len(identity)}")
-
-
-def _check_pieces(pieces: list[tuple[int, int, int, int]], size_bytes: int) -> None:
-    """None at all, or the whole region without gaps."""
-    at = 0
-    for offset, length, address, _ in pieces:
-        if offset != at or not 1 <= length <= size_bytes - at or address + length > 1 << 64:
-            raise DescriptorError("pieces of a region that do not fit one another")
-        at += length
-    if pieces and at != size_bytes:
-        raise DescriptorError(f"pieces of {at} bytes for a region of {size_bytes}")

@@ -15,8 +15,9 @@ from transport import _verbs, registry
 from transport._verbs_devices import Device, Gid, Port, choose
 from transport._verbs_messages import Descriptor, Hello, Queue, Welcome, decode, encode
 from transport._verbs_owner import Link
+from transport._verbs_peers import check_pieces
 from transport.errors import DescriptorError, TransportError, UnsupportedError
-from transport.verbs import VerbsTransport, _check_pieces
+from transport.verbs import VerbsTransport
 
 
 def _has_headers() -> bool:
@@ -82,10 +83,10 @@ def test_another_version_is_said(message: Descriptor | Hello | Welcome) -> None:
     ],
 )
 def test_pieces_that_do_not_make_the_region_are_refused(pieces: list[tuple[int, int, int, int]]) -> None:
-    _check_pieces([], 8192)
-    _check_pieces([(0, 4096, 1 << 40, 1), (4096, 4096, 1 << 50, 2)], 8192)
+    check_pieces([], 8192)
+    check_pieces([(0, 4096, 1 << 40, 1), (4096, 4096, 1 << 50, 2)], 8192)
     with pytest.raises(DescriptorError):
-        _check_pieces(pieces, 8192)
+        check_pieces(pieces, 8192)
 
 
 # --- the choice ---
