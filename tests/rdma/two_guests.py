@@ -171,6 +171,7 @@ def play(order: Callable[[str], None]) -> None:
         begun_s = time.monotonic()
         assert fetch(reader, 1, timeout_s=20.0) == 0, "bytes of a dead node"
         say(f"a read of a dead node ended after {time.monotonic() - begun_s:.1f} s")
+        eventually(lambda: writer.stats()["regions"] == 0, "the node is known to be dead")
         order("start")
 
         eventually(lambda: writer.stats()["regions"] > 0, "the next life of the node comes")
