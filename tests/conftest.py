@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,3 +22,16 @@ def fault_seed() -> int:
 def fault_seconds() -> float:
     """How long a random schedule lasts: MEMFABRIC_FAULT_SECONDS."""
     return float(os.environ.get("MEMFABRIC_FAULT_SECONDS") or 15.0)
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """Where regions of one test live. Fails the test that leaves something."""
+    path = Path(tempfile.mkdtemp(prefix="memfabric-test-", dir="/dev/shm"))
+    yield path
+    gc.collect()
+    left = sorted(entry.name for entry in path.iterdir())
+    for name in left:
+        (path / name).unlink()
+    path.rmdir()
+    assert left == [], "shared memory was left behind"

@@ -158,15 +158,18 @@ class Owner:
             TransportError: The device refused; the memory may still be reached.
         """
         with self._guard:
-            lent = self._lent.pop((region_id, serial), None)
-        if lent is None:
-            return
+            lent = self._lent.get((region_id, serial))
+            if lent is None:
+                return
+            lent.pieces = []  # from here on nobody is told its keys
         codes = [code for code in (each.close() for each in lent.memories) if code]
         if codes:
             raise TransportError(
                 f"region {region_id:#x} can't be withdrawn, it may still be written: deregistering failed with "
                 f"{errno.errorcode.get(codes[0], codes[0])}"
             )
+        with self._guard:
+            self._lent.pop((region_id, serial), None)
 
     def accept(self, raw: bytes, identity: bytes) -> bytes:
         """As `Transport.accept`."""

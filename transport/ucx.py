@@ -27,8 +27,9 @@ from typing import Annotated, Any
 import msgspec
 
 from transport import _digests, _ucx_library, base
+from transport._lent import LentRegion
 from transport._pending import Posted
-from transport.base import Batch, Capabilities, Exchange, Pending, Region, Transport, UInt8Column
+from transport.base import Batch, Capabilities, Exchange, Pending, Transport, UInt8Column
 from transport.errors import (
     DescriptorError,
     NotConnectedError,
@@ -67,29 +68,8 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Descriptor)
 
 
-class UcxRegion(Region):
+class UcxRegion(LentRegion):
     """Memory that this process lends over UCX."""
-
-    def __init__(
-        self, transport: UcxTransport, region_id: int, serial: int, memory: UInt8Column, descriptor: bytes
-    ) -> None:
-        self.region_id = region_id
-        self.size_bytes = memory.size
-        self.buffer = memory
-        self.descriptor = descriptor
-        self._transport = transport
-        self._serial = serial
-        self._guard = threading.Lock()
-        self._open = True
-
-    def close(self, unlink: bool = True) -> None:
-        with self._guard:
-            was_open, self._open = self._open, False
-        if was_open:
-            self._transport._unregister(self.region_id, self._serial)
-
-    def __repr__(self) -> str:
-        return f"<UcxRegion {self.region_id:#x}, {self.size_bytes} bytes>"
 
 
 class UcxTransport(Transport):
@@ -221,7 +201,9 @@ class UcxTransport(Transport):
                 key,
             )
         )
-        return UcxRegion(self, region_id, serial, memory, descriptor)
+        return UcxRegion(
+            region_id, memory.size, memory, descriptor, functools.partial(self._unregister, region_id, serial)
+        )
 
     def create_region(
         self,

@@ -17,6 +17,7 @@ Invariants:
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -26,12 +27,13 @@ from collections.abc import Callable
 import numpy as np
 
 from transport import _digests, base
+from transport._lent import LentRegion
 from transport._pending import Posted
 from transport._verbs_devices import Device, choose, devices, list_devices, open_library
 from transport._verbs_messages import MAX_REGION_BYTES, VERSION, Descriptor, decode, encode
 from transport._verbs_owner import Link, Owner
 from transport._verbs_peers import Peers
-from transport.base import Batch, Capabilities, Exchange, Pending, Region, Transport, UInt8Column
+from transport.base import Batch, Capabilities, Exchange, Pending, Transport, UInt8Column
 from transport.errors import (
     NotWritableError,
     TransportError,
@@ -51,28 +53,8 @@ _RECONNECT_NS = 2_000_000_000
 _log = logging.getLogger("memfabric.transport.verbs")
 
 
-class VerbsRegion(Region):
+class VerbsRegion(LentRegion):
     """Memory that this process lends over verbs."""
-
-    def __init__(
-        self, transport: VerbsTransport, region_id: int, serial: int, size_bytes: int, memory: UInt8Column
-    ) -> None:
-        self.region_id = region_id
-        self.size_bytes = size_bytes
-        self.buffer = memory
-        self.serial = serial
-        self._transport = transport
-        self._guard = threading.Lock()
-        self._open = True
-
-    def close(self, unlink: bool = True) -> None:
-        with self._guard:
-            was_open, self._open = self._open, False
-        if was_open:
-            self._transport._unregister(self.region_id, self.serial)
-
-    def __repr__(self) -> str:
-        return f"<VerbsRegion {self.region_id:#x}, {self.size_bytes} bytes>"
 
 
 class VerbsTransport(Transport):
@@ -207,12 +189,12 @@ class VerbsTransport(Transport):
         return self._region(region_id, serial, size_bytes, np.zeros(0, np.uint8), writable)
 
     def _region(self, region_id: int, serial: int, size_bytes: int, memory: UInt8Column, writable: bool) -> VerbsRegion:
-        region = VerbsRegion(self, region_id, serial, size_bytes, memory)
         ethernet = self._choice.port.link_layer == "Ethernet"
-        region.descriptor = encode(
+        descriptor = encode(
             Descriptor("verbs", VERSION, self._nonce, region_id, serial, size_bytes, writable, ethernet)
         )
-        return region
+        withdraw = functools.partial(self._unregister, region_id, serial)
+        return VerbsRegion(region_id, size_bytes, memory, descriptor, withdraw)
 
     def create_region(
         self,

@@ -49,6 +49,8 @@ def register(engine: Engine, memory: Any) -> Operation[Registration]:
     items = list(memory) if isinstance(memory, (list, tuple)) else [memory]
     extents = [extent_of(item, f"memory[{at}]" if len(items) > 1 else "memory") for at, item in enumerate(items)]
     for extent in extents:
+        if extent.device is not None:
+            raise UsageError("memory to register must be the host's; GPU memory is staged, or moved by the transport")
         if not extent.size_bytes or not extent.writable:
             raise UsageError("memory to register must be writable and not empty")
 

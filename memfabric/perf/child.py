@@ -7,6 +7,7 @@ what it holds.
 
 from __future__ import annotations
 
+import abc
 import os
 import signal
 import sys
@@ -30,7 +31,7 @@ REGION_ID = 1
 _decoder: msgspec.json.Decoder[messages.Command] = msgspec.json.Decoder(messages.Command)
 
 
-class _Far:
+class _Far(abc.ABC):
     """Commands in, answers out."""
 
     def __init__(self, out: BinaryIO) -> None:
@@ -41,8 +42,9 @@ class _Far:
         self._out.write(msgspec.json.encode(answer) + b"\n")
         self._out.flush()
 
+    @abc.abstractmethod
     def handle(self, command: messages.Command) -> messages.Answer:
-        raise NotImplementedError
+        """Do what a command says."""
 
     def serve(self) -> None:
         with self.stack:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,19 +16,6 @@ from tests.client.pool import ThreadPool
 
 BLOCK_BYTES = 16 << 10
 SPEC = NamespaceSpec(name="demo", block_bytes=BLOCK_BYTES, block_tokens=16, segments=4)
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """Where regions of one test live. Fails the test that leaves something."""
-    path = Path(tempfile.mkdtemp(prefix="memfabric-test-", dir="/dev/shm"))
-    yield path
-    gc.collect()
-    left = sorted(entry.name for entry in path.iterdir())
-    for name in left:
-        (path / name).unlink()
-    path.rmdir()
-    assert left == [], "shared memory was left behind"
 
 
 @pytest.fixture

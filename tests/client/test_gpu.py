@@ -182,6 +182,11 @@ def test_asyncio(pool: ThreadPool, client: memfabric.Client) -> None:
     asyncio.run(_async(pool, client.block_keys(tokens(20, seed=5)), blocks(20)))
 
 
+def test_only_host_memory_can_be_registered(client: memfabric.Client) -> None:
+    with pytest.raises(UsageError, match="GPU memory"):
+        client.register(GpuArray(np.zeros(4096, np.uint8)))
+
+
 def test_threads_share_a_client(client: memfabric.Client) -> None:
     failed: list[Any] = []
 

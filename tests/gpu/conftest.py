@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,19 +52,6 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
             pytest.skip(str(error))
     yield Lab(device)
     device.close()
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """Where regions of one test live. Fails the test that leaves something."""
-    path = Path(tempfile.mkdtemp(prefix="memfabric-test-", dir="/dev/shm"))
-    yield path
-    gc.collect()
-    left = sorted(entry.name for entry in path.iterdir())
-    for name in left:
-        (path / name).unlink()
-    path.rmdir()
-    assert left == [], "shared memory was left behind"
 
 
 def random_bytes(count: int, seed: int = 0) -> UInt8Column:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -226,5 +227,5 @@ def test_a_small_limit_of_locked_memory_is_said_with_the_fix() -> None:
 
 
 def test_dmabufs_are_refused_in_words(owner: VerbsTransport) -> None:
-    with open("/dev/zero", "rb") as file, pytest.raises(OutOfMemoryError, match="dma-buf"):  # noqa: PTH123
+    with Path("/dev/zero").open("rb") as file, pytest.raises(OutOfMemoryError, match="dma-buf"):
         owner.register_dmabuf(file.fileno(), 0, 4096, 1)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,19 +15,6 @@ from transport import ShmTransport
 from transport.base import Batch, Int32Column, UInt8Column, UInt64Column
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """Where regions of one test live. Fails the test that leaves something."""
-    path = Path(tempfile.mkdtemp(prefix="memfabric-test-", dir="/dev/shm"))
-    yield path
-    gc.collect()
-    left = sorted(entry.name for entry in path.iterdir())
-    for name in left:
-        (path / name).unlink()
-    path.rmdir()
-    assert left == [], "shared memory was left behind"
 
 
 @pytest.fixture

@@ -73,6 +73,31 @@ def test_where_the_best_does_not_reach_the_next_is_taken_and_says_why(shm: Owner
         assert "does not exist" in choice.instead_of["shm"]
 
 
+def test_advice_reaches_transports_that_are_made_later(shm: OwnerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[tuple[str, int, int]] = []
+
+    class Noting(transport.ShmTransport):
+        def prepare(self, address: int, length: int) -> None:
+            noted.append(("prepare", address, length))
+
+        def forget(self, address: int, length: int) -> None:
+            noted.append(("forget", address, length))
+
+    monkeypatch.setattr(registry, "create", lambda _name, **options: Noting(**options))
+    with AutoTransport() as client:
+        client.prepare(4096, 100)
+        client.prepare(4096, 100)
+        client.prepare(8192, 7)
+        client.forget(8192, 7)
+        assert not noted, "there is no transport yet"
+        client.connect(combine(A, [("shm", shm.create(1, SIZE))]), writable=False)
+        assert noted == [("prepare", 4096, 100)] * 2
+        client.forget(4096, 100)
+        assert len(noted) == 2, "somebody else's advice stands"
+        client.forget(4096, 100)
+        assert noted[2:] == [("forget", 4096, 100)]
+
+
 def test_a_choice_is_never_changed(shm: OwnerProcess, ucx: OwnerProcess) -> None:
     """Also where the other would work: silently slower is worse than an error."""
     first = combine(A, [("shm", shm.create(1, SIZE)), ("ucx", ucx.create(1, SIZE))])
